@@ -1,0 +1,35 @@
+// cu_seqlens as a kernel sees it: checked where it lives, kept in bounds, reported by a flag.
+#pragma once
+
+#include <interstate/cuda/arch.cuh>
+#include <interstate/executor.hpp>
+#include <interstate/sequences.hpp>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace device {
+
+/// Rows of sequence i, clamped into [0, length]. Offsets that decrease or leave the range set
+/// flag_bad_cu_seqlens (an integer OR: the order of threads does not matter).
+__device__ inline RowRange checked_rows(const View<const std::int32_t, 1>& cu, Index i, Index length,
+                                        std::uint32_t* flags) {
+    if (!cu) return {0, length};
+    const Index begin = cu(i), end = cu(i + 1);
+    if (begin >= 0 && begin <= end && end <= length) return {begin, end};
+    if (flags) atomicOr(flags, flag_bad_cu_seqlens);
+    const Index b = begin < 0 ? 0 : begin > length ? length : begin;
+    return {b, end < b ? b : end > length ? length : end};
+}
+
+}  // namespace device
+
+inline namespace INTERSTATE_KERNELS {
+/// Sets the rows of x (1, L, H) that belong to no packed sequence to zero. One block a row.
+template <class T>
+__global__ void zero_outside_sequences_kernel(View<T, 3> x, View<const std::int32_t, 1> cu) {
+    const Index t = blockIdx.x;
+    if (t >= cu(0) && t < cu(cu.extent[0] - 1)) return;
+    for (Index h = threadIdx.x; h < x.extent[2]; h += blockDim.x) x(0, t, h) = T(0.0f);
+}
+}  // namespace INTERSTATE_KERNELS
+
+}  // namespace interstate::inline INTERSTATE_ABI
