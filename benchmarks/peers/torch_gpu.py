@@ -1,0 +1,139 @@
+"""What a PyTorch user would run instead, timed on one GPU. Prints one JSON line per case.
+
+usage: torch_gpu.py [attention] [sisa] [interdomain] [s4d]   (no names: everything)
+"""
+import json, math, sys, torch, torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel, SDPBackend as SB
+dev="cuda"; torch.manual_seed(0)
+def wanted(name): return len(sys.argv)<2 or name in sys.argv[1:]
+def t(fn, n=20, w=5):
+    for _ in range(w): fn()
+    torch.cuda.synchronize(); ts=[]
+    for _ in range(n):
+        a=torch.cuda.Event(True); b=torch.cuda.Event(True); a.record(); fn(); b.record(); torch.cuda.synchronize(); ts.append(a.elapsed_time(b))
+    ts.sort(); return ts[len(ts)//2]
+def out(**k): print(json.dumps(k), flush=True)
+def guard(name, fn, **k):
+    try:
+        torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+        ms=fn(); out(case=name, ms=round(ms,4), peak_gb=round(torch.cuda.max_memory_allocated()/1e9,2), **k)
+    except Exception as e: out(case=name, error=str(e)[:160], **k)
+p=torch.cuda.get_device_properties(0); out(device=p.name, sms=p.multi_processor_count, torch=torch.__version__, cuda=torch.version.cuda)
+x=torch.empty(1<<30,dtype=torch.uint8,device=dev); y=torch.empty_like(x); ms=t(lambda: y.copy_(x)); out(case="copy", GBps=round(2*x.numel()/ms/1e6,0)); del x,y
+a=torch.randn(8192,8192,device=dev,dtype=torch.bfloat16); ms=t(lambda: a@a); out(case="gemm8192_bf16", TFLOPs=round(2*8192**3/ms/1e9,0)); del a
+# ---- 1. SDPA without augmentation, causal, bf16
+def fb(f, *ins):
+    def g():
+        o=f(*ins); o.backward(go[o.shape]) if o.shape in go else o.backward(torch.ones_like(o))
+        for i in ins: i.grad=None
+    return g
+go={}
+for (B,H,L,d) in [(8,12,2048,64),(4,32,4096,64),(2,32,16384,64)] if wanted("attention") or wanted("sisa") else []:
+    q,k,v=[torch.randn(B,H,L,d,device=dev,dtype=torch.bfloat16,requires_grad=True) for _ in range(3)]
+    go[(B,H,L,d)]=torch.randn(B,H,L,d,device=dev,dtype=torch.bfloat16); go={torch.Size(s):g for s,g in go.items()}
+    for nm,bk in [("flash",SB.FLASH_ATTENTION),("cudnn",SB.CUDNN_ATTENTION),("efficient",SB.EFFICIENT_ATTENTION)]:
+        def f(q,k,v):
+            with sdpa_kernel([bk]): return F.scaled_dot_product_attention(q,k,v,is_causal=True)
+        def fw():
+            with torch.no_grad(): f(q,k,v)
+        guard("sdpa_fwd", lambda: t(fw), backend=nm, B=B,H=H,L=L,d=d)
+        guard("sdpa_fwdbwd", lambda: t(fb(f,q,k,v)), backend=nm, B=B,H=H,L=L,d=d)
+    # ---- 2. SISA as published: channels from projections, augmented q/k, one SDPA
+    for ds in (16,32,64,128) if wanted("sisa") else ():
+        Bc,Cc=[torch.randn(B,H,L,ds,device=dev,dtype=torch.bfloat16,requires_grad=True) for _ in range(2)]
+        la=(-F.softplus(torch.randn(B,H,L,device=dev)*0.02-5)).requires_grad_(); th=(torch.randn(B,H,L,ds//2,device=dev)*0.1).requires_grad_(); lam=torch.full((H,),-1.0,device=dev,requires_grad=True)
+        def rot(z,phi):
+            e,o=z[...,0::2],z[...,1::2]; c,s=phi.cos(),phi.sin(); return torch.stack([e*c-o*s,e*s+o*c],-1).flatten(-2)
+        def sisa(q,k,v,Bc,Cc,la,th,lam, bks):
+            g=torch.cumsum(la,2); ph=torch.cumsum(th,2); c=(g.amax(2,keepdim=True)+g.amin(2,keepdim=True))/2
+            gc=(g-c).unsqueeze(-1).clamp(-11,11); Cb=rot(Cc.float()*gc.exp(),ph).to(q.dtype); Bb=rot(Bc.float()*(-gc).exp(),ph).to(q.dtype)
+            s=(d**0.25*F.softplus(lam).sqrt()).view(1,H,1,1).to(q.dtype)
+            with sdpa_kernel(bks): return F.scaled_dot_product_attention(torch.cat([q,s*Cb],-1),torch.cat([k,s*Bb],-1),v,scale=d**-0.5,is_causal=True)
+        ins=(q,k,v,Bc,Cc,la,th,lam)
+        for nm,bks in [("efficient",[SB.EFFICIENT_ATTENTION]),("best_of_all",[SB.CUDNN_ATTENTION,SB.FLASH_ATTENTION,SB.EFFICIENT_ATTENTION])]:
+            fn=lambda *i: sisa(*i,bks)
+            def fw():
+                with torch.no_grad(): fn(*ins)
+            guard("sisa_fwd", lambda: t(fw,10,3), backend=nm,B=B,H=H,L=L,d=d,ds=ds)
+            guard("sisa_fwdbwd", lambda: t(fb(fn,*ins),10,3), backend=nm,B=B,H=H,L=L,d=d,ds=ds)
+        if ds in (16,32) :
+            try:
+                cf=torch.compile(lambda *i: sisa(*i,[SB.EFFICIENT_ATTENTION]))
+                guard("sisa_compiled_fwdbwd", lambda: t(fb(cf,*ins),10,3), B=B,H=H,L=L,d=d,ds=ds)
+            except Exception as e: out(case="sisa_compiled", error=str(e)[:100])
+        del Bc,Cc,la,th,lam,ins
+    del q,k,v; go={}
+# ---- 3. Interdomain: literal (states materialised by FFT) and chunked by associativity, complex64/TF32 torch
+def inter_literal(q,k,v,Lam,Bv,C):
+    B,H,L,R=q.shape; z=torch.cat([k,v],-1).float()
+    pw=torch.exp(torch.log(Lam)[None]*0+torch.arange(L,device=dev)[:,None,None]*torch.log(Lam)[None])*Bv[None]      # L,H,M
+    n=2*L; Zf=torch.fft.fft(z,n=n,dim=2); Kf=torch.fft.fft(pw,n=n,dim=0)
+    X=torch.fft.ifft(Zf[:,:,:,None,:]*Kf.permute(1,0,2)[None,:,:,:,None],dim=2)[:,:,:L]                          # B,H,L,M,R+d
+    Y=torch.einsum("hmn,bhlnr->bhlmr",C,X); U,G=Y[...,:R],Y[...,R:]
+    return torch.einsum("bhlm,bhlmd->bhld",torch.einsum("bhlr,bhlmr->bhlm",q.to(U.dtype),U),G).real
+def inter_chunk(q,k,v,Lam,Bv,G,T=64):
+    B,H,L,R=q.shape; d=v.shape[-1]; M=Lam.shape[-1]; n=L//T; ll=torch.log(Lam)
+    qc=q.float().view(B,H,n,T,R); kc=k.float().view(B,H,n,T,R); vc=v.float().view(B,H,n,T,d)
+    i=torch.arange(T,device=dev); P=torch.exp(i[:,None]*ll[:,None,:])                      # H,T,M  Lam^t
+    Pr=torch.exp((T-1-i)[:,None]*ll[:,None,:])*Bv[:,None,:]                                # Lam^(T-1-s) B
+    Lt=torch.exp(T*ll)
+    Sk=torch.einsum("htm,bhntr->bhnmr",Pr,kc.to(Pr.dtype)); Sv=torch.einsum("htm,bhntd->bhnmd",Pr,vc.to(Pr.dtype))
+    S=torch.cat([Sk,Sv],-1); st=torch.zeros(B,H,M,R+d,device=dev,dtype=S.dtype); sts=[]
+    for c in range(n): sts.append(st); st=st*Lt[None,:,:,None]+S[:,:,c]
+    st=torch.stack(sts,2)
+    mask=(i[:,None]>=i[None,:])
+    W=torch.where(mask[None,:,:,None],torch.exp((i[:,None]-i[None,:]).clamp(min=0)[None,:,:,None]*ll[:,None,None,:]),0)*Bv[:,None,None,:]  # H,T,S,M
+    A=torch.einsum("bhntr,bhnsr->bhnts",qc,kc)
+    a=torch.einsum("bhnts,htsm->bhntm",A.to(W.dtype),W)+torch.einsum("htm,bhnmr,bhntr->bhntm",torch.exp((i+1)[:,None]*ll[:,None,:]),st[...,:R],qc.to(W.dtype))
+    w=torch.einsum("bhntm,hmk->bhntk",a,G)
+    Pm=torch.einsum("bhntm,htsm->bhnts",w,W).real
+    o=torch.einsum("bhnts,bhnsd->bhntd",Pm,vc)+torch.einsum("bhntm,htm,bhnmd->bhntd",w,torch.exp((i+1)[:,None]*ll[:,None,:]),st[...,R:]).real
+    return o.reshape(B,H,L,d)
+def params(H,M):
+    n=torch.arange(M,device=dev); Ai=(M/math.pi)*(M/(2*n+1)-1); dt=torch.exp(torch.rand(H,device=dev)*(math.log(.1)-math.log(.001))+math.log(.001))
+    Lam=torch.exp(dt[:,None]*torch.complex(torch.full_like(Ai,-.5),Ai)); Bv=torch.ones(H,M,device=dev,dtype=torch.complex64)*dt[:,None]
+    C=torch.randn(H,M,M,device=dev,dtype=torch.complex64)/M; return Lam,Bv,C
+torch.backends.cuda.matmul.allow_tf32=True
+for (B,H,L) in [(1,32,1024),(1,32,4096),(4,32,4096)] if wanted("interdomain") else []:
+    M=R=d=64; Lam,Bv,C=params(H,M); G=torch.einsum("hab,hac->hbc",C,C)
+    q,k,v=[torch.randn(B,H,L,64,device=dev,requires_grad=True) for _ in range(3)]
+    if L==1024:
+        with torch.no_grad():
+            e=(inter_literal(q,k,v,Lam,Bv,C)-inter_chunk(q,k,v,Lam,Bv,G)); r=inter_literal(q,k,v,Lam,Bv,C); out(case="inter_agree", rel=float(e.norm()/r.norm()))
+    for nm,f in [("literal_fft",lambda q,k,v: inter_literal(q,k,v,Lam,Bv,C)),("chunk_einsum",lambda q,k,v: inter_chunk(q,k,v,Lam,Bv,G))]:
+        def fw():
+            with torch.no_grad(): f(q,k,v)
+        guard("interdomain_fwd", lambda: t(fw,5,2), impl=nm,B=B,H=H,L=L,M=M,R=R,d=d)
+        guard("interdomain_fwdbwd", lambda: t(fb(f,q,k,v),5,2), impl=nm,B=B,H=H,L=L,M=M,R=R,d=d)
+# ---- 4. decode step of one layer: state update + readout
+for B in (1,8,32,64,128) if wanted("interdomain") else ():
+    H,M,R,d=32,64,64,64; Lam,Bv,C=params(H,M); G=torch.einsum("hab,hac->hbc",C,C)
+    X=torch.randn(B,H,M,R+d,device=dev,dtype=torch.complex64); z=torch.randn(B,H,R+d,device=dev); q=torch.randn(B,H,R,device=dev)
+    def lit():
+        X.mul_(Lam[None,:,:,None]).add_(Bv[None,:,:,None]*z[:,:,None,:]); Y=torch.einsum("hmn,bhnr->bhmr",C,X)
+        return torch.einsum("bhm,bhmd->bhd",torch.einsum("bhr,bhmr->bhm",q.to(Y.dtype),Y[...,:R]),Y[...,R:]).real
+    def alg():
+        X.mul_(Lam[None,:,:,None]).add_(Bv[None,:,:,None]*z[:,:,None,:])
+        return torch.einsum("bhm,bhmd->bhd",torch.einsum("bhn,hnm->bhm",torch.einsum("bhr,bhmr->bhm",q.to(X.dtype),X[...,:R]),G),X[...,R:]).real
+    for nm,f in [("literal",lit),("associative",alg)]:
+        def grp():
+            s=torch.cuda.Stream(); s.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(s):
+                for _ in range(3): f()
+            torch.cuda.current_stream().wait_stream(s); g=torch.cuda.CUDAGraph()
+            with torch.cuda.graph(g): f()
+            return t(g.replay,30,5)
+        guard("decode_graphed", grp, impl=nm,B=B,H=H,M=M, state_mb=round(X.numel()*8/1e6,1))
+# ---- 5. S4D layer: kernel generation + FFT convolution
+for (B,D,L,N) in [(8,512,4096,64),(8,512,16384,64),(1,1024,65536,64)] if wanted("s4d") else []:
+    n=torch.arange(N//2,device=dev); A=torch.complex(torch.full((D,N//2),-.5,device=dev),math.pi*n.repeat(D,1).float()).requires_grad_()
+    C=torch.randn(D,N//2,device=dev,dtype=torch.complex64,requires_grad=True); ldt=(torch.rand(D,device=dev)*(math.log(.1)-math.log(.001))+math.log(.001)).requires_grad_()
+    u=torch.randn(B,D,L,device=dev,requires_grad=True); Dk=torch.randn(D,device=dev,requires_grad=True)
+    def s4d(u,A,C,ldt,Dk):
+        dt=ldt.exp(); dA=A*dt[:,None]; Cc=C*(dA.exp()-1)/A
+        K=2*torch.einsum("dn,dnl->dl",Cc,torch.exp(dA[:,:,None]*torch.arange(L,device=dev))).real
+        return torch.fft.irfft(torch.fft.rfft(K,n=2*L)*torch.fft.rfft(u,n=2*L),n=2*L)[...,:L]+u*Dk[:,None]
+    def fw():
+        with torch.no_grad(): s4d(u,A,C,ldt,Dk)
+    guard("s4d_fwd", lambda: t(fw,10,3), B=B,D=D,L=L,N=N); guard("s4d_fwdbwd", lambda: t(fb(s4d,u,A,C,ldt,Dk),10,3), B=B,D=D,L=L,N=N)
+    del u,A,C

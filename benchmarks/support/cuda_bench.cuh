@@ -1,0 +1,75 @@
+// Timing on the device: medians of CUDA events, the copy ceiling of the same run, JSON lines out.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include <cuda_runtime.h>
+
+namespace interstate::bench {
+
+inline void check(cudaError_t e, const char* what) {
+    if (e == cudaSuccess) return;
+    std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(e));
+    std::exit(1);
+}
+
+/// Device memory that lives as long as the program needs it.
+template <class T>
+class DeviceArray {
+  public:
+    explicit DeviceArray(std::size_t n) : size_(n) { check(cudaMalloc(&data_, n * sizeof(T) + 1), "cudaMalloc"); }
+    explicit DeviceArray(const std::vector<T>& host) : DeviceArray(host.size()) {
+        check(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice), "copy in");
+    }
+    DeviceArray(const DeviceArray&) = delete;
+    DeviceArray& operator=(const DeviceArray&) = delete;
+    ~DeviceArray() { cudaFree(data_); }
+    T* data() const { return data_; }
+    std::vector<T> host() const {
+        std::vector<T> h(size_);
+        check(cudaMemcpy(h.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "copy out");
+        return h;
+    }
+
+  private:
+    T* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
+/// Median milliseconds of f() over `repeats` runs after a warm-up.
+template <class F>
+double milliseconds(F&& f, int repeats = 20) {
+    cudaEvent_t begin, end;
+    check(cudaEventCreate(&begin), "event");
+    check(cudaEventCreate(&end), "event");
+    for (int i = 0; i < 3; ++i) f();
+    std::vector<float> times;
+    for (int i = 0; i < repeats; ++i) {
+        check(cudaEventRecord(begin), "record");
+        f();
+        check(cudaEventRecord(end), "record");
+        check(cudaEventSynchronize(end), "the timed work");
+        float ms = 0.0f;
+        check(cudaEventElapsedTime(&ms, begin, end), "elapsed");
+        times.push_back(ms);
+    }
+    check(cudaEventDestroy(begin), "event");
+    check(cudaEventDestroy(end), "event");
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+}
+
+/// GB/s of a large device-to-device copy, bytes read plus bytes written: this run's memory ceiling.
+inline double copy_gbps() {
+    const std::size_t bytes = std::size_t{1} << 30;
+    DeviceArray<char> a(bytes), b(bytes);
+    check(cudaMemset(a.data(), 1, bytes), "memset");
+    const double ms =
+        milliseconds([&] { check(cudaMemcpyAsync(b.data(), a.data(), bytes, cudaMemcpyDeviceToDevice), "copy"); });
+    return 2.0 * static_cast<double>(bytes) / ms * 1e-6;
+}
+
+}  // namespace interstate::bench

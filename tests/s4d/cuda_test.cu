@@ -1,0 +1,144 @@
+// The cuda executor of S4D against the float64 reference. A plain program, because it also runs on GPU
+// machines that have no GoogleTest: exit 0 passed, 1 failed, 77 skipped (no device). --quick runs a few
+// small cases, for compute-sanitizer.
+#include <array>
+#include <cstdio>
+#include <cstring>
+
+#include <interstate/verify.cuh>
+#include <s4d/reference.hpp>
+#include <s4d/s4d.cuh>
+
+#include "../support/cuda_main.cuh"
+#include "s4d_cases.hpp"
+
+namespace interstate::test {
+namespace {
+
+using s4d::Operator;
+
+template <class T, class P>
+void expect_close(Checks& checks, const Case& c, s4d::Options options = {}, RunOptions run = {}) {
+    run.backward = false;  // the cuda executor has none yet
+    const Case in = rounded<Operator, T, P>(c);
+    Case got, want;
+    const Status status = run_case<Operator, T, P>(interstate::cuda{}, options, in, got, run);
+    const Status truth = run_case<Operator, double, double>(reference{}, options, in, want, run);
+    const auto& u = in.tensors.at("u").extent;
+    char what[128];
+    std::snprintf(what, sizeof what, "%s B=%d L=%d H=%d N=%d", to_string(dtype_of<T>), static_cast<int>(u[0]),
+                  static_cast<int>(u[1]), static_cast<int>(u[2]),
+                  static_cast<int>(in.tensors.at("im").extent[1]));
+    checks.expect(status.ok(), what, status.message());
+    checks.expect(truth.ok(), what, truth.message());
+    const std::string beyond = beyond_tolerance<T>(got, want);
+    checks.expect(beyond.empty(), what, beyond.c_str());
+}
+
+void every_dtype(Checks& checks, const Case& c, s4d::Options options = {}, RunOptions run = {}) {
+    expect_close<f64, double>(checks, c, options, run);
+    expect_close<f32, float>(checks, c, options, run);
+    expect_close<f16, float>(checks, c, options, run);
+    expect_close<bf16, float>(checks, c, options, run);
+}
+
+void packed_with_bad_offsets(Checks& checks) {
+    // NaN in the margins and in a neighbouring sequence.
+    const std::vector<double> cu{3, 3, 40, 41, 1300, 1300, 1700};
+    Case c = make({.length = 1710, .channels = 5, .modes = 4, .cu_seqlens = cu}, 4);
+    auto& u = c.tensors["u"].values;
+    for (Index t = 0; t < 1710; ++t)
+        if (t < 3 || t >= 1700)
+            for (Index h = 0; h < 5; ++h) u[t * 5 + h] = std::nan("");
+    every_dtype(checks, c);
+    Case clean, dirty;
+    const RunOptions forward_only{.backward = false};
+    Status s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, clean, forward_only);
+    for (Index i = 41 * 5; i < 1300 * 5; ++i) u[i] = std::nan("");
+    s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, dirty, forward_only);
+    bool isolated = s.ok();
+    for (Index i = 0; i < 1710 * 5; ++i) {
+        const double a = clean.tensors["out.y"].values[i], b = dirty.tensors["out.y"].values[i];
+        isolated = isolated && (i >= 41 * 5 && i < 1300 * 5 ? std::isnan(b) : a == b);
+    }
+    checks.expect(isolated, "packed", "NaN of one sequence must stay in it");
+
+    // Offsets that decrease or leave the range are reported, and nothing outside is touched.
+    for (const auto& bad : {std::vector<double>{0, 50, 20, 60}, std::vector<double>{-5, 10, 20, 1000}}) {
+        Case wrong = make({.length = 60, .channels = 3, .modes = 2, .cu_seqlens = bad, .upstream = false}, 4);
+        std::uint32_t* flags = nullptr;
+        std::uint32_t seen = 0;
+        checks.expect(cudaMalloc(&flags, sizeof *flags) == cudaSuccess, "flags", "cudaMalloc");
+        checks.expect(cudaMemset(flags, 0, sizeof *flags) == cudaSuccess, "flags", "cudaMemset");
+        Case results;
+        const Status status = run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {}, wrong, results);
+        checks.expect(status.ok(), "bad cu_seqlens", status.message());
+        checks.expect(cudaMemcpy(&seen, flags, sizeof seen, cudaMemcpyDeviceToHost) == cudaSuccess, "flags", "copy");
+        checks.expect(seen == flag_bad_cu_seqlens, "bad cu_seqlens", "the device flag must be set");
+        cudaFree(flags);
+    }
+}
+
+void states_carry_and_runs_agree(Checks& checks) {
+    Case c = rounded<Operator, float, float>(make({.length = 3000, .channels = 3, .modes = 4, .upstream = false}, 6));
+    Case whole, again, truth;
+    Status s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, whole);
+    s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, again);
+    checks.expect(s.ok() && whole.tensors["out.y"].values == again.tensors["out.y"].values, "two runs",
+                  "must give the same bits");
+    s = run_case<Operator, double, double>(reference{}, {}, c, truth);
+    const HostTensor u = c.tensors["u"];
+    HostTensor y{{1, 3000, 3}, {}};
+    for (const Index chunk : {1000, 24, 1, 1975}) {
+        const Index t = static_cast<Index>(y.values.size()) / 3;
+        c.tensors["u"] = {{1, chunk, 3}, {u.values.begin() + t * 3, u.values.begin() + (t + chunk) * 3}};
+        Case piece;
+        s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, piece);
+        const auto& out = piece.tensors["out.y"].values;
+        y.values.insert(y.values.end(), out.begin(), out.end());
+        c.tensors["x0"] = piece.tensors["out.xT"];
+    }
+    const TensorError e = compare("y", y, truth.tensors["out.y"]);
+    checks.expect(e.finite && e.relative < 1e-5, "split with carried state", "must be one run to rounding");
+}
+
+void host_errors(Checks& checks) {
+    s4d::Inputs<float> in{};
+    in.u.extent[0] = in.u.extent[1] = in.u.extent[2] = 2;
+    const Status s = forward(interstate::cuda{}, s4d::Options{}, in, s4d::Outputs<float>{}, Saved{}, Workspace{});
+    checks.expect(s.code() == StatusCode::invalid_argument, "null u", s.message());
+}
+
+void run(Checks& checks, bool quick) {
+    every_dtype(checks, make({.batch = 2, .length = 1030, .channels = 3, .modes = 5}, 1));
+    packed_with_bad_offsets(checks);
+    host_errors(checks);
+    if (quick) return;
+    for (const Index L : {0, 1, 7, 8, 9, 1023, 1024, 1025, 2048, 2049, 5003})
+        every_dtype(checks, make({.length = L, .channels = 2, .modes = 3}, 50 + L));
+    for (const Index N : {1, 2, 32, 64, 131}) every_dtype(checks, make({.length = 100, .channels = 2, .modes = N}, N));
+    for (const auto disc : {s4d::Discretization::zoh, s4d::Discretization::bilinear}) {
+        every_dtype(checks, make({.batch = 3, .length = 1100, .channels = 4, .modes = 6, .initial_state = false,
+                                  .feedthrough = false}, 8), {.disc = disc});
+        expect_close<f32, double>(checks, make({.length = 500, .channels = 4, .modes = 6}, 8), {.disc = disc});
+        for (const double decay : {1e3, 1e8, 1e30})
+            expect_close<f32, float>(checks, make({.length = 300, .channels = 5, .modes = 3, .decay = decay}, 2),
+                                     {.disc = disc});
+    }
+    for (const Layout layout : {Layout::reversed, Layout::padded})
+        every_dtype(checks, make({.batch = 2, .length = 1100, .channels = 5, .modes = 3}, 12), {}, {.layout = layout});
+    for (const auto& [B, L, H, N] :
+         {std::array<Index, 4>{0, 5, 3, 2}, std::array<Index, 4>{2, 5, 0, 2}, std::array<Index, 4>{2, 5, 3, 0}})
+        expect_close<f32, float>(checks, make({.batch = B, .length = L, .channels = H, .modes = N}, 3));
+    Case slow = make({.length = 65536, .channels = 3, .modes = 4, .decay = 1e-4}, 31);
+    for (double& x : slow.tensors["log_dt"].values) x = -4.6;
+    expect_close<f32, float>(checks, slow);
+    states_carry_and_runs_agree(checks);
+}
+
+}  // namespace
+}  // namespace interstate::test
+
+int main(int argc, char** argv) {
+    return interstate::test::cuda_main(argc, argv, "s4d", interstate::test::run);
+}

@@ -1,0 +1,320 @@
+// The reference is the truth of everything else, so it is checked against independent formulas: the
+// Vandermonde kernel and a convolution in std::complex, finite differences, series in long double.
+#include <complex>
+
+#include <gtest/gtest.h>
+
+#include <s4d/init.hpp>
+#include <s4d/reference.hpp>
+
+#include "s4d_cases.hpp"
+
+namespace interstate::test {
+namespace {
+
+using s4d::Discretization;
+using Cd = std::complex<double>;
+
+Case run(const Case& c, s4d::Options options = {}) {
+    Case results;
+    const Status status = run_case<s4d::Operator, double, double>(reference{}, options, c, results);
+    EXPECT_TRUE(status.ok()) << status.message();
+    return results;
+}
+
+std::vector<double>& values(Case& c, const std::string& name) { return c.tensors.at(name).values; }
+
+/// y = K * u + D u + response of x0 with K[l] = 2 Re sum C Bbar Abar^l, all in std::complex.
+TEST(S4dReference, EqualsConvolutionWithTheVandermondeKernel) {
+    for (const auto disc : {Discretization::zoh, Discretization::bilinear}) {
+        const Index B = 2, L = 29, H = 3, N = 4;
+        Case c = make({.batch = B, .length = L, .channels = H, .modes = N}, 1);
+        Case got = run(c, {.disc = disc});
+        for (Index h = 0; h < H; ++h)
+            for (Index b = 0; b < B; ++b)
+                for (Index t = 0; t < L; ++t) {
+                    Cd y = values(c, "D")[h] * values(c, "u")[(b * L + t) * H + h];
+                    for (Index n = 0; n < N; ++n) {
+                        const Index i = h * N + n;
+                        const double dt = std::exp(values(c, "log_dt")[h]);
+                        const Cd A{-std::exp(values(c, "log_neg_re")[i]), values(c, "im")[i]};
+                        const Cd Bn{values(c, "B")[2 * i], values(c, "B")[2 * i + 1]};
+                        const Cd C{values(c, "C")[2 * i], values(c, "C")[2 * i + 1]};
+                        const Index j = (b * H + h) * N + n;
+                        const Cd x0{values(c, "x0")[2 * j], values(c, "x0")[2 * j + 1]};
+                        Cd Abar, Bbar;
+                        if (disc == Discretization::zoh) {
+                            Abar = std::exp(dt * A);
+                            Bbar = (Abar - 1.0) / A * Bn;
+                        } else {
+                            Abar = (1.0 + dt * A / 2.0) / (1.0 - dt * A / 2.0);
+                            Bbar = dt * Bn / (1.0 - dt * A / 2.0);
+                        }
+                        y += 2.0 * (C * std::pow(Abar, static_cast<double>(t + 1)) * x0).real();
+                        for (Index l = 0; l <= t; ++l)
+                            y += 2.0 * (C * Bbar * std::pow(Abar, static_cast<double>(l))).real() *
+                                 values(c, "u")[(b * L + t - l) * H + h];
+                    }
+                    EXPECT_NEAR(values(got, "out.y")[(b * L + t) * H + h], y.real(), 1e-11);
+                }
+    }
+}
+
+/// Loss = <dout, out>; every gradient against central differences.
+TEST(S4dReference, GradientsMatchFiniteDifferences) {
+    for (const auto disc : {Discretization::zoh, Discretization::bilinear})
+        for (const bool packed : {false, true}) {
+            S4dCase o{.batch = packed ? 1 : 2, .length = 9, .channels = 2, .modes = 3};
+            if (packed) o.cu_seqlens = {1, 4, 4, 8};
+            const Case c = make(o, 7);
+            Case got = run(c, {.disc = disc});
+            const auto loss = [&](const Case& at) {
+                Case out = run(at, {.disc = disc});
+                double sum = 0.0;
+                for (const char* name : {"y", "xT"}) {
+                    const auto& w = at.tensors.at(std::string("dout.") + name).values;
+                    const auto& x = values(out, std::string("out.") + name);
+                    for (std::size_t i = 0; i < w.size(); ++i) sum += w[i] * x[i];
+                }
+                return sum;
+            };
+            int compared = 0;
+            for (const char* name : {"u", "log_dt", "log_neg_re", "im", "B", "C", "D", "x0"}) {
+                HostTensor numeric = c.tensors.at(name);
+                for (std::size_t i = 0; i < numeric.values.size(); ++i) {
+                    const double step = 1e-5;
+                    Case at = c;
+                    values(at, name)[i] += step;
+                    const double up = loss(at);
+                    values(at, name)[i] -= 2 * step;
+                    numeric.values[i] = (up - loss(at)) / (2 * step);
+                    ++compared;
+                }
+                const TensorError e = compare(name, got.tensors.at(std::string("grad.") + name), numeric);
+                EXPECT_TRUE(e.finite);
+                EXPECT_LT(e.relative, 1e-8) << name;
+            }
+            EXPECT_GT(compared, 50);
+        }
+}
+
+/// phi and psi against long double, where the closed forms still have digits to spare, and their
+/// values at zero.
+TEST(S4dReference, PhiAndPsiKeepTheirDigitsNearZero) {
+    using Cl = std::complex<long double>;
+    for (const double magnitude : {1e-300, 1e-12, 1e-8, 1e-5, 1e-3, 0.1, 0.7, 0.999, 1.001, 3.0, 40.0})
+        for (const double angle : {0.6, 1.5707963267948966, 2.5, 3.141592653589793}) {
+            const s4d::detail::c64 z{magnitude * std::cos(angle), magnitude * std::sin(angle)};
+            s4d::detail::c64 phi, psi;
+            s4d::detail::phi_psi(z, phi, psi);
+            // Truth: Taylor series in long double; at the largest |z| the terms peak at e^40 = 2e17, so
+            // the closed form in long double is the better truth there.
+            const Cl zl{z.re, z.im};
+            Cl phi_l = 0, psi_l = 0, term = 1;
+            if (magnitude < 5) {
+                for (int n = 0; n < 60; ++n) {
+                    phi_l += term / static_cast<long double>(n + 1);
+                    psi_l += term / static_cast<long double>(n + 2);
+                    term *= zl / static_cast<long double>(n + 1);
+                }
+            } else {
+                phi_l = (std::exp(zl) - 1.0L) / zl;
+                psi_l = (std::exp(zl) * (zl - 1.0L) + 1.0L) / (zl * zl);
+            }
+            EXPECT_LT(std::abs(Cl{phi.re, phi.im} - phi_l) / std::abs(phi_l), 2e-15L) << magnitude << " " << angle;
+            EXPECT_LT(std::abs(Cl{psi.re, psi.im} - psi_l) / std::abs(psi_l), 4e-15L) << magnitude << " " << angle;
+        }
+}
+
+TEST(S4dReference, StrongDecayUnderflowsWithoutNaN) {
+    for (const auto disc : {Discretization::zoh, Discretization::bilinear})
+        for (const double log_neg_re : {5.0, 50.0, 1000.0})
+            for (const double log_dt : {-5.0, 3.0, 500.0}) {
+                Case c = make({.length = 12, .channels = 2, .modes = 3}, 3);
+                for (double& x : values(c, "log_neg_re")) x = log_neg_re;
+                for (double& x : values(c, "log_dt")) x = log_dt;
+                Case got = run(c, {.disc = disc});
+                EXPECT_EQ(got.tensors.size(), 10u);
+                for (const auto& [name, tensor] : got.tensors)
+                    for (const double x : tensor.values) ASSERT_TRUE(std::isfinite(x)) << name << " " << log_neg_re;
+                if (log_neg_re == 1000.0) {
+                    const auto mode = s4d::detail::discretize(disc, log_dt, log_neg_re, 1.0, {1.0, 0.0});
+                    EXPECT_NEAR(mode.Abar.re, disc == Discretization::zoh ? 0.0 : -1.0, 1e-12);
+                }
+            }
+}
+
+Case slice(const Case& c, Index begin, Index end, Index state) {
+    Case s = c;
+    s.tensors.erase("cu_seqlens");
+    for (const char* name : {"u", "dout.y"}) {
+        auto& t = s.tensors.at(name);
+        const Index row = t.extent[2];
+        t.values.assign(t.values.begin() + begin * row, t.values.begin() + end * row);
+        t.extent[1] = end - begin;
+    }
+    for (const char* name : {"x0", "dout.xT"}) {
+        auto& t = s.tensors.at(name);
+        const auto size = static_cast<Index>(t.values.size()) / t.extent[0];
+        t.values.assign(t.values.begin() + state * size, t.values.begin() + (state + 1) * size);
+        t.extent[0] = 1;
+    }
+    return s;
+}
+
+TEST(S4dReference, PackedSequencesAreIndependentAndMarginsAreZero) {
+    const std::vector<double> cu{2, 7, 7, 12};
+    Case c = make({.length = 15, .channels = 2, .modes = 3, .cu_seqlens = cu}, 5);
+    const double nan = std::nan("");
+    for (const Index t : {0, 1, 12, 13, 14})
+        for (const char* name : {"u", "dout.y"})
+            for (Index h = 0; h < 2; ++h) values(c, name)[t * 2 + h] = nan;
+    Case whole = run(c);
+    std::vector<double> grad_B(12, 0.0);
+    for (Index s = 0; s < 3; ++s) {
+        const auto begin = static_cast<Index>(cu[s]), end = static_cast<Index>(cu[s + 1]);
+        Case one = run(slice(c, begin, end, s));
+        for (Index i = 0; i < (end - begin) * 2; ++i) {
+            EXPECT_EQ(values(whole, "out.y")[begin * 2 + i], values(one, "out.y")[i]);
+            EXPECT_EQ(values(whole, "grad.u")[begin * 2 + i], values(one, "grad.u")[i]);
+        }
+        for (Index i = 0; i < 12; ++i) {
+            EXPECT_EQ(values(whole, "out.xT")[s * 12 + i], values(one, "out.xT")[i]);
+            EXPECT_EQ(values(whole, "grad.x0")[s * 12 + i], values(one, "grad.x0")[i]);
+            if (begin == end) {
+                EXPECT_EQ(values(one, "out.xT")[i], values(c, "x0")[s * 12 + i]);
+            }
+            grad_B[i] += values(one, "grad.B")[i];
+        }
+    }
+    for (const Index t : {0, 1, 12, 13, 14})
+        for (Index h = 0; h < 2; ++h) {
+            EXPECT_EQ(values(whole, "out.y")[t * 2 + h], 0.0);
+            EXPECT_EQ(values(whole, "grad.u")[t * 2 + h], 0.0);
+        }
+    for (Index i = 0; i < 12; ++i) EXPECT_NEAR(values(whole, "grad.B")[i], grad_B[i], 1e-12);
+}
+
+TEST(S4dReference, AnySplitWithCarriedStateIsOneRun) {
+    Case c = make({.length = 20, .channels = 2, .modes = 3, .upstream = false}, 9);
+    Case whole = run(c);
+    std::vector<double> y;
+    Case rest = c;
+    for (const Index split : {1, 7, 0, 12}) {
+        Case piece = c;
+        const auto at = values(c, "u").begin() + static_cast<Index>(y.size());
+        piece.tensors["u"] = {{1, split, 2}, {at, at + split * 2}};
+        piece.tensors["x0"] = rest.tensors.at("x0");
+        Case got = run(piece);
+        y.insert(y.end(), values(got, "out.y").begin(), values(got, "out.y").end());
+        rest.tensors["x0"] = got.tensors.at("out.xT");
+    }
+    ASSERT_EQ(y.size(), values(whole, "out.y").size());
+    for (std::size_t i = 0; i < y.size(); ++i) EXPECT_NEAR(y[i], values(whole, "out.y")[i], 1e-13);
+}
+
+TEST(S4dReference, StepIsForward) {
+    const Index L = 11, H = 3, N = 4;
+    Case c = make({.length = L, .channels = H, .modes = N, .initial_state = false, .upstream = false}, 2);
+    Case whole = run(c);
+    const auto p = [&](const char* name) { return values(c, name).data(); };
+    const auto pc = [&](const char* name) { return reinterpret_cast<complex<double>*>(p(name)); };
+    const s4d::Params<double> params{.log_dt = view(p("log_dt"), {H}),
+                                     .log_neg_re = view(p("log_neg_re"), {H, N}),
+                                     .im = view(p("im"), {H, N}),
+                                     .B = view(pc("B"), {H, N}),
+                                     .C = view(pc("C"), {H, N}),
+                                     .D = view(p("D"), {H})};
+    std::vector<complex<double>> Abar(H * N), Bbar(H * N), x(H * N);
+    const s4d::Discrete<double> discrete{view(Abar.data(), {H, N}), view(Bbar.data(), {H, N}), params.C, params.D};
+    ASSERT_TRUE(discretize(reference{}, s4d::Options{}, params, discrete).ok());
+    std::vector<double> y(H);
+    for (Index t = 0; t < L; ++t) {
+        ASSERT_TRUE(step(reference{}, s4d::Options{}, discrete, s4d::State<double>{view(x.data(), {Index(1), H, N})},
+                         s4d::Token<double>{view(static_cast<const double*>(p("u")) + t * H, {Index(1), H})},
+                         s4d::TokenOut<double>{view(y.data(), {Index(1), H})}, Workspace{})
+                        .ok());
+        for (Index h = 0; h < H; ++h) EXPECT_NEAR(y[h], values(whole, "out.y")[t * H + h], 1e-13);
+    }
+}
+
+TEST(S4dInit, SpectraAreThePublishedOnes) {
+    const auto inv = s4d::spectrum(s4d::Init::inv, 4), lin = s4d::spectrum(s4d::Init::lin, 4),
+               real = s4d::spectrum(s4d::Init::real, 4), legs1 = s4d::spectrum(s4d::Init::legs, 1),
+               legs = s4d::spectrum(s4d::Init::legs, 4);
+    EXPECT_DOUBLE_EQ(inv.im[0], 8.0 / std::numbers::pi * 7.0);
+    EXPECT_DOUBLE_EQ(inv.im[3], 8.0 / std::numbers::pi * (8.0 / 7.0 - 1.0));
+    EXPECT_DOUBLE_EQ(lin.im[2], 2.0 * std::numbers::pi);
+    EXPECT_DOUBLE_EQ(real.neg_re[3], 4.0);
+    EXPECT_DOUBLE_EQ(real.im[3], 0.0);
+    EXPECT_NEAR(legs1.im[0], std::sqrt(3.0) / 2.0, 1e-14);  // [[0, a], [-a, 0]] with a = sqrt(3)/2
+    // The squares of the eigenvalues of a skew-symmetric matrix add up to its squared entries.
+    double squares = 0.0, entries = 0.0;
+    for (int i = 0; i < 4; ++i) {
+        squares += legs.im[i] * legs.im[i];
+        EXPECT_GT(legs.im[i], i ? legs.im[i - 1] : 0.0);
+        EXPECT_DOUBLE_EQ(legs.neg_re[i], 0.5);
+    }
+    for (int i = 0; i < 8; ++i)
+        for (int j = i + 1; j < 8; ++j) entries += 0.25 * (2 * i + 1) * (2 * j + 1);
+    EXPECT_NEAR(squares, entries, 1e-10 * entries);
+}
+
+TEST(S4dInit, FillsParametersReproducibly) {
+    const Index H = 50, N = 8;
+    std::vector<float> log_dt(H), log_neg_re(H * N), im(H * N), D(H);
+    std::vector<complex<float>> B(H * N), C(H * N);
+    const s4d::MutableParams<float> params{view(log_dt.data(), {H}), view(log_neg_re.data(), {H, N}),
+                                           view(im.data(), {H, N}),  view(B.data(), {H, N}),
+                                           view(C.data(), {H, N}),   view(D.data(), {H})};
+    ASSERT_TRUE(initialize(s4d::Init::lin, 1, params).ok());
+    const auto first = C;
+    double power = 0.0;
+    for (const auto& z : C) power += dot(z, z);
+    EXPECT_NEAR(power / static_cast<double>(H * N), 1.0, 0.2);
+    for (const float x : log_dt) {
+        EXPECT_GE(x, std::log(1e-3f) - 1e-5f);
+        EXPECT_LE(x, std::log(1e-1f) + 1e-5f);
+    }
+    ASSERT_TRUE(initialize(s4d::Init::lin, 1, params).ok());
+    EXPECT_EQ(first[17].re, C[17].re);
+    ASSERT_TRUE(initialize(s4d::Init::lin, 2, params).ok());
+    EXPECT_NE(first[17].re, C[17].re);
+    EXPECT_EQ(initialize(s4d::Init::lin, 2, params, 0.1, 0.01).code(), StatusCode::invalid_argument);
+}
+
+/// The message names the argument, what it was and what it must be.
+TEST(S4dReference, ErrorsNameTheArgument) {
+    const auto message = [](const Case& c) {
+        Case results;
+        const Status status = run_case<s4d::Operator, double, double>(reference{}, {}, c, results);
+        EXPECT_EQ(status.code(), StatusCode::invalid_argument);
+        return std::string(status.message());
+    };
+    const Case good = make({.length = 4, .channels = 2, .modes = 3}, 1);
+    Case c = good;
+    c.tensors.erase("C");
+    EXPECT_EQ(message(c), "C: is null, must point to 6 elements");
+    c = good;
+    c.tensors["im"] = HostTensor{{2, 4}, std::vector<double>(8)};
+    EXPECT_EQ(message(c), "im: extent of axis 1 is 4, must be 3");
+    c = good;
+    c.tensors["cu_seqlens"] = {{3}, {0, 3, 2}};
+    c.tensors["x0"] = HostTensor{{2, 2, 3, 2}, std::vector<double>(24)};
+    c.tensors.erase("dout.xT");
+    EXPECT_EQ(message(c), "cu_seqlens: element 2 is 2, must be at least 3 and at most 4");
+    c = good;
+    c.tensors["speed"] = HostTensor{{1}, {1}};
+    EXPECT_EQ(message(c), "tensor speed: s4d has no input of that name");
+
+    std::vector<double> u(8);
+    s4d::Inputs<double> in{.u = view(u.data(), {1, 4, 2})};
+    EXPECT_EQ(forward(reference{}, {}, in, s4d::Outputs<double>{}, {}, {}).code(), StatusCode::invalid_argument);
+    s4d::Options options;
+    EXPECT_FALSE(set_option(options, "disc", "foh").ok());
+    EXPECT_TRUE(set_option(options, "disc", "bilinear").ok());
+    EXPECT_EQ(options.disc, Discretization::bilinear);
+}
+
+}  // namespace
+}  // namespace interstate::test

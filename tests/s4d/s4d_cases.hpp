@@ -1,0 +1,61 @@
+// Random S4D cases in the ranges people use.
+#pragma once
+
+#include <s4d/params.hpp>
+
+#include "../support/cases.hpp"
+
+namespace interstate::test {
+
+struct S4dCase {
+    Index batch = 1, length = 1, channels = 1, modes = 1;
+    std::vector<double> cu_seqlens = {};  // packed where not empty
+    bool initial_state = true, feedthrough = true, upstream = true;
+    double decay = 0.5;  // -Re A
+};
+
+inline Case make(const S4dCase& o, std::uint64_t seed) {
+    Random r(seed);
+    const Index B = o.batch, L = o.length, H = o.channels, N = o.modes;
+    const Index states = o.cu_seqlens.empty() ? B : static_cast<Index>(o.cu_seqlens.size()) - 1;
+    Case c;
+    auto& t = c.tensors;
+    t["u"] = r.normal({B, L, H});
+    t["log_dt"] = r.uniform({H}, std::log(1e-3), std::log(1e-1));
+    t["log_neg_re"] = r.normal({H, N}, 0.1);
+    for (double& x : t["log_neg_re"].values) x += std::log(o.decay);
+    t["im"] = r.uniform({H, N}, 0.0, std::numbers::pi * static_cast<double>(N));
+    t["B"] = r.normal({H, N, 2});
+    t["C"] = r.normal({H, N, 2});
+    if (o.feedthrough) t["D"] = r.normal({H});
+    if (o.initial_state) t["x0"] = r.normal({states, H, N, 2});
+    if (!o.cu_seqlens.empty()) t["cu_seqlens"] = {{states + 1}, o.cu_seqlens};
+    if (o.upstream) {
+        t["dout.y"] = r.normal({B, L, H});
+        t["dout.xT"] = r.normal({states, H, N, 2});
+    }
+    return c;
+}
+
+/// Empty where every tensor of `got` is as close to the float64 truth (on inputs rounded alike) as its
+/// dtype promises: f64 1e-12, f32 1e-5, 16-bit storage the cost of rounding the output and 1e-5. With
+/// no matrix products in the plain formula, that is the 16-bit rule.
+template <class T>
+std::string beyond_tolerance(const Case& got, const Case& want) {
+    std::string text;
+    const auto errors = compare(got, want);
+    if (errors.empty()) return "nothing compared";
+    for (const TensorError& e : errors) {
+        double bound = std::is_same_v<T, double> ? 1e-12 : 1e-5;
+        if (sizeof(T) == 2 && (e.name == "out.y" || e.name == "grad.u"))
+            bound += 1.02 * rounding_floor<T>(want.tensors.at(e.name));
+        // A gradient below the range of float may come out as zero (float's smallest normal is 1e-38).
+        const bool vanishes = sizeof(T) < 8 && e.largest < 1e-37;
+        if (!e.finite || !(e.relative <= bound || vanishes))
+            text += e.name + ": " + (e.finite ? std::to_string(e.relative / bound) + " times its bound; "
+                                              : std::string("not finite, or of another shape; "));
+    }
+    return text;
+}
+
+}  // namespace interstate::test

@@ -1,0 +1,86 @@
+// Random cases and tolerances that the tests of every operator share.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <numbers>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <interstate/verify.hpp>
+
+namespace interstate::test {
+
+/// splitmix64: the same numbers on every platform.
+class Random {
+  public:
+    explicit Random(std::uint64_t seed) : state_(seed) {}
+
+    double uniform(double low, double high) { return low + (high - low) * unit(); }
+    double normal() {
+        return std::sqrt(-2.0 * std::log(unit())) * std::cos(2.0 * std::numbers::pi * unit());
+    }
+
+    HostTensor normal(std::vector<Index> extent, double scale = 1.0) {
+        return fill(std::move(extent), [&] { return scale * normal(); });
+    }
+    HostTensor uniform(std::vector<Index> extent, double low, double high) {
+        return fill(std::move(extent), [&] { return uniform(low, high); });
+    }
+
+  private:
+    double unit() {
+        std::uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+        return (static_cast<double>((z ^ (z >> 31)) >> 11) + 0.5) * 0x1.0p-53;
+    }
+    template <class F>
+    static HostTensor fill(std::vector<Index> extent, F&& draw) {
+        Index n = 1;
+        for (const Index e : extent) n *= e;
+        HostTensor t{std::move(extent), {}};
+        for (Index i = 0; i < n; ++i) t.values.push_back(draw());
+        return t;
+    }
+    std::uint64_t state_;
+};
+
+namespace detail {
+/// Rounds tensors of a case to the element types of the views that will hold them.
+struct Round {
+    Case& c;
+    const char* prefix;
+    template <class T, int Rank>
+    void operator()(const char* name, View<T, Rank>&, const Index (&)[Rank], Need) {
+        using E = interstate::detail::Element<std::remove_const_t<T>>;
+        const auto found = c.tensors.find(std::string(prefix) + name);
+        if (found == c.tensors.end()) return;
+        auto& values = found->second.values;
+        for (std::size_t i = 0; i + E::width <= values.size(); i += E::width)
+            E::to(E::from(values.data() + i), values.data() + i);
+    }
+};
+}  // namespace detail
+
+/// The case as storage T and parameters P will see it, so that a float64 run on it is the truth for them.
+template <class Op, class T, class P>
+Case rounded(Case c) {
+    typename Op::template Inputs<T, P> in{};
+    typename Op::template Upstream<T> upstream{};
+    const auto shape = decltype(shape_of(in)){};
+    visit(in, shape, detail::Round{c, ""});
+    visit(upstream, shape, detail::Round{c, "dout."});
+    return c;
+}
+
+/// What rounding the exact value to T alone costs: the floor of the 16-bit rule for one tensor.
+template <class T>
+double rounding_floor(const HostTensor& want) {
+    HostTensor got = want;
+    for (double& x : got.values) x = static_cast<double>(T(x));
+    return compare("", got, want).relative;
+}
+
+}  // namespace interstate::test

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one call: every CUDA kernel against the reference, under
+# compute-sanitizer, and timed beside its peers.
+#
+#   tools/gpu_check.sh build [DIR]   builds the CUDA tests and benchmarks into DIR (default build/gpu), with
+#                                    the runtime linked statically, so that DIR can be carried to another machine
+#   tools/gpu_check.sh [run [DIR]]   runs what DIR holds; needs a GPU, and PyTorch for the peers
+#
+# Logs and JSON lines go to $OUT (default DIR/results). Exit 0: all passed; 1: something failed; 77: no device.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+# Sections of benchmarks/peers/torch_gpu.py that stand beside our kernels.
+peers=(s4d)
+
+build() {
+    cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON -DINTERSTATE_BUILD_TOOLS=OFF \
+          -DINTERSTATE_BUILD_EXAMPLES=OFF &&
+        ninja -C "$1" -t targets all | sed -n 's/^\(\(bench\/\)\{0,1\}[a-z0-9_]*_cuda_\(test\|bench\)\): CUDA_EXE.*/\1/p' |
+            xargs ninja -C "$1" &&
+        mkdir -p "$1/gpu" &&
+        cp "$1"/*_cuda_test "$1"/bench/*_cuda_bench "$1/gpu/"
+    local status=$?
+    ls -l "$1/gpu"
+    return $status
+}
+
+failures=()
+step() {
+    local name=$1
+    shift
+    printf '== %s\n' "$name"
+    "$@" >"$out/$name.log" 2>&1
+    local code=$?
+    tail -n "${lines:-4}" "$out/$name.log"
+    ((code == 0)) || { failures+=("$name (exit $code)"); printf '   FAILED, exit %d\n' "$code"; }
+}
+
+run() {
+    local dir=$1/gpu tests benches
+    out=${OUT:-$1/results}
+    mkdir -p "$out"
+    if ! nvidia-smi >"$out/device.log" 2>&1; then
+        echo "skipped: no device (nvidia-smi: $(head -n 1 "$out/device.log"))"
+        exit 77
+    fi
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    tests=("$dir"/*_cuda_test) benches=("$dir"/*_cuda_bench)
+    if [[ ! -x ${tests[0]} ]]; then
+        echo "gpu_check: no tests in $dir: run 'tools/gpu_check.sh build $1' first" >&2
+        exit 1
+    fi
+    for program in "${tests[@]}"; do
+        step "$(basename "$program")" "$program"
+    done
+    if command -v compute-sanitizer >/dev/null; then
+        for program in "${tests[@]}"; do
+            for tool in memcheck racecheck initcheck synccheck; do
+                step "$(basename "$program").$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$program" --quick
+            done
+        done
+    else
+        failures+=("compute-sanitizer is not on the PATH")
+    fi
+    for program in "${benches[@]}"; do
+        lines=12 step "$(basename "$program")" "$program"
+    done
+    if python3 -c 'import torch' 2>/dev/null; then
+        lines=12 step torch_gpu python3 benchmarks/peers/torch_gpu.py "${peers[@]}"
+    else
+        echo "peers skipped: python3 has no torch"
+    fi
+    if ((${#failures[@]})); then
+        printf 'gpu_check: %d failed:\n' "${#failures[@]}"
+        printf '  %s\n' "${failures[@]}"
+        exit 1
+    fi
+    echo "gpu_check: all passed"
+}
+
+case ${1-run} in
+    build) build "${2-build/gpu}" ;;
+    run) run "${2-build/gpu}" ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+esac
