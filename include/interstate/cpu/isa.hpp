@@ -30,17 +30,17 @@ struct Avx512 {
 };
 
 #if defined(__x86_64__)
-#define INTERSTATE_TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
+#define INTERSTATE_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #define INTERSTATE_TARGET_AVX512 \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 
 inline bool machine_has(Isa isa) {
     switch (isa) {
         case Isa::avx512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("fma");
-        case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return machine_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        case Isa::avx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         default: return true;
     }
 }
