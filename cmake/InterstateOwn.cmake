@@ -1,0 +1,71 @@
+# How our own programs are built. None of it reaches the targets that users link.
+
+option(INTERSTATE_WERROR "Warnings are errors in Interstate's own tests, tools, examples and benchmarks"
+       ${PROJECT_IS_TOP_LEVEL})
+set(INTERSTATE_CUDA_ARCHITECTURES "80;90a" CACHE STRING "CUDA architectures of Interstate's own programs")
+
+add_library(interstate_own INTERFACE)
+target_link_libraries(interstate_own INTERFACE interstate::interstate)
+# nvcc writes line directives that -Wpedantic of its host compiler refuses.
+target_compile_options(interstate_own INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic>
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>)
+if(INTERSTATE_WERROR)
+    target_compile_options(interstate_own INTERFACE
+        $<$<COMPILE_LANGUAGE:CXX>:-Werror>
+        $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Werror;-Werror=all-warnings>)
+endif()
+
+# The CUDA runtime is linked statically: these programs are built here and carried to a GPU machine.
+function(interstate_own_cuda target)
+    target_link_libraries(${target} PRIVATE interstate_own interstate::cuda)
+    set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${INTERSTATE_CUDA_ARCHITECTURES}"
+                                               CUDA_RUNTIME_LIBRARY Static)
+endfunction()
+
+# Idle OpenMP threads sleep instead of spinning: tests run beside each other on few cores.
+set(interstate_test_environment OMP_WAIT_POLICY=passive)
+
+# interstate_add_gtest(<target> PREFIX <name> LABELS <labels> SOURCES <files> [LINK <targets>])
+# One ctest test a GoogleTest case, named PREFIX.Suite.Case.
+function(interstate_add_gtest target)
+    cmake_parse_arguments(PARSE_ARGV 1 arg "" "PREFIX" "LABELS;SOURCES;LINK")
+    add_executable(${target})
+    foreach(source IN LISTS arg_SOURCES)
+        target_sources(${target} PRIVATE "${PROJECT_SOURCE_DIR}/${source}")
+    endforeach()
+    target_link_libraries(${target} PRIVATE interstate_own GTest::gtest GTest::gtest_main ${arg_LINK})
+    target_compile_definitions(${target} PRIVATE
+        INTERSTATE_GOLDEN_DIR="${PROJECT_SOURCE_DIR}/tests/golden")
+    gtest_discover_tests(${target} TEST_PREFIX ${arg_PREFIX}. DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
+        PROPERTIES LABELS "unit;${arg_LABELS}" TIMEOUT 600 ENVIRONMENT "${interstate_test_environment}")
+endfunction()
+
+# CUDA tests are plain programs (the GPU machine has no GoogleTest); 77 says that there is no device.
+function(interstate_add_cuda_test operator source)
+    if(NOT INTERSTATE_HAVE_CUDA)
+        interstate_add_skipped_test(${operator}.cuda "no CUDA compiler (INTERSTATE_CUDA is ${INTERSTATE_CUDA})"
+                                    "cuda;${operator}")
+        return()
+    endif()
+    set(target ${operator}_cuda_test)
+    add_executable(${target} ${source})
+    interstate_own_cuda(${target})
+    add_test(NAME ${operator}.cuda COMMAND ${target})
+    set_tests_properties(${operator}.cuda PROPERTIES LABELS "cuda;${operator}" SKIP_RETURN_CODE 77 TIMEOUT 600
+                                                     RESOURCE_LOCK gpu)
+endfunction()
+
+# A test that cannot be built here is still counted, as skipped, and says why.
+function(interstate_add_skipped_test name reason labels)
+    add_test(NAME ${name} COMMAND ${CMAKE_COMMAND} -E echo "skipped: ${reason}")
+    set_tests_properties(${name} PROPERTIES LABELS "${labels}" SKIP_REGULAR_EXPRESSION "^skipped: ")
+endfunction()
+
+# A bash script that drives one of our programs, whose path is its first argument.
+function(interstate_add_script_test name script target)
+    add_test(NAME ${name} COMMAND bash "${PROJECT_SOURCE_DIR}/${script}" $<TARGET_FILE:${target}>
+             WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}")
+    set_tests_properties(${name} PROPERTIES LABELS unit SKIP_RETURN_CODE 77 TIMEOUT 600
+                                            ENVIRONMENT "${interstate_test_environment}")
+endfunction()

@@ -1,0 +1,15 @@
+// The umbrella: every operator for the reference and the CPU. The cuda executor: interstate/all.cuh.
+//
+// s4d/init.hpp (initial parameters) is not part of it: it is the one public header that needs Eigen.
+#pragma once
+
+#include <interstate/dispatch.hpp>
+#include <interstate/dlpack.hpp>
+#include <interstate/executor.hpp>
+#include <interstate/sequences.hpp>
+#include <interstate/verify.hpp>
+#include <interstate/view.hpp>
+#include <interstate/workspace.hpp>
+
+#include <attention/attention.hpp>
+#include <s4d/s4d.hpp>
