@@ -260,11 +260,12 @@ struct Upload {
     const Case& c;
     const char* prefix;
     bool all_required;  // whether lacking a tensor that is not optional is an error
+    bool known_shape;   // whether the extents asked for hold, or are what these tensors will say
     std::vector<std::string>* seen;
     Status status;
 
     template <class T, int Rank>
-    void operator()(const char* name, View<const T, Rank>& v, const Index (&)[Rank], Need need) {
+    void operator()(const char* name, View<const T, Rank>& v, const Index (&want)[Rank], Need need) {
         const std::string full = std::string(prefix) + name;
         const auto found = c.tensors.find(full);
         if (!status.ok()) return;
@@ -275,6 +276,11 @@ struct Upload {
         }
         seen->push_back(full);
         status = memory.upload(full, found->second, v);
+        for (int a = 0; a < Rank && status.ok() && known_shape; ++a)
+            if (v.extent[a] != want[a])
+                status = Status::error(StatusCode::invalid_argument,
+                                       "%s: extent of axis %d is %lld, must be %lld", full.c_str(), a,
+                                       static_cast<long long>(v.extent[a]), static_cast<long long>(want[a]));
     }
 };
 
@@ -337,17 +343,17 @@ Status run_case(const Exec& exec, const typename Op::Options& options, const Cas
 
     typename Op::template Inputs<T, P> in{};
     typename Op::template Upstream<T> upstream{};
-    detail::Upload<Exec> upload{memory, c, "", true, &seen, {}};
+    detail::Upload<Exec> upload{memory, c, "", true, false, &seen, {}};
     visit(in, decltype(shape_of(in)){}, upload);
     INTERSTATE_RETURN_IF_ERROR(upload.status);
     const auto shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(Op::validate_inputs(options, in));
-    detail::Upload<Exec> upload_upstream{memory, c, "dout.", false, &seen, {}};
+    bool with_backward = false;
+    for (const auto& [name, tensor] : c.tensors) with_backward = with_backward || name.starts_with("dout.");
+    with_backward = with_backward && run.backward;
+    detail::Upload<Exec> upload_upstream{memory, c, "dout.", with_backward, true, &seen, {}};
     visit(upstream, shape, upload_upstream);
     INTERSTATE_RETURN_IF_ERROR(upload_upstream.status);
-    bool with_backward = false;
-    for (const std::string& name : seen) with_backward = with_backward || name.starts_with("dout.");
-    with_backward = with_backward && run.backward;
     for (const auto& [name, tensor] : c.tensors) {
         if (name.starts_with("out.") || name.starts_with("grad.")) continue;
         bool known = false;

@@ -1,0 +1,291 @@
+// libFuzzer target for what replay does to a file: bytes -> safetensors -> case -> operator. Any input must
+// end in results or in a message, on reference and cpu alike.
+//
+//     clang++ -std=c++20 -g -O1 -fsanitize=fuzzer,address,undefined -I include
+//         tests/fuzz/replay_fuzz.cpp tools/replay/reference.cpp tools/replay/cpu.cpp
+//
+// The mutator edits a file's tensors and options rather than its bytes, since few byte edits leave a header
+// that parses, and starts from small cases of its own where it is given none.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <random>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../../tools/replay/case_file.hpp"
+#include "../../tools/replay/replay.hpp"
+
+namespace {
+
+using namespace interstate;
+using namespace interstate::tools;
+using namespace interstate::tools::replay;
+
+[[noreturn]] void fail(const char* what, const Status& status = {}) {
+    std::fprintf(stderr, "replay_fuzz: %s: %s\n", what, status.message());
+    std::abort();
+}
+
+// Running a case.
+
+/// Cases that are legal but slow. Empty tensors of huge extents pass: rejecting those is under test.
+bool slow(const Case& c) {
+    for (const auto& [name, tensor] : c.tensors) {
+        double hidden = 1.0;
+        for (const Index e : tensor.extent) hidden *= e == 0 ? 1.0 : static_cast<double>(e);
+        if (tensor.values.size() > 512 || (hidden > 0x1p12 && hidden <= 0x1p28)) return true;
+    }
+    return false;
+}
+
+/// Everything about a run that the file does not say, from the file's own bytes.
+struct Choices {
+    Request request;
+    cpu exec;
+};
+Choices choose(std::span<const std::byte> bytes) {
+    std::uint64_t hash = 0xcbf29ce484222325u;
+    for (const std::byte b : bytes) hash = (hash ^ static_cast<std::uint64_t>(b)) * 0x100000001b3u;
+    const auto pick = [&](std::uint64_t n) {
+        hash ^= hash >> 29;
+        hash *= 0xbf58476d1ce4e5b9u;
+        return (hash >> 33) % n;
+    };
+    Choices choices;
+    choices.request.dtype = static_cast<DType>(pick(4));
+    choices.request.param_dtype = pick(2) ? DType::f64 : DType::f32;
+    choices.request.run = {static_cast<Layout>(pick(3)), pick(4) != 0, std::size_t{32} << 20};
+    choices.exec = {1, static_cast<Isa>(pick(3))};  // automatic, baseline or AVX2
+    return choices;
+}
+
+void run(std::span<const std::byte> bytes) {
+    Case c;
+    try {
+        c = case_from_file(parse_safetensors(bytes, "fuzz"), "fuzz");
+    } catch (const SafetensorsError&) {
+        return;
+    }
+    if (slow(c)) return;
+    const Choices choices = choose(bytes);
+    Case want, got;
+    const Status on_reference = run_on_reference(choices.request, c, want);
+    const Status on_cpu = run_on_cpu(choices.exec, choices.request, c, got);
+    if (on_reference.ok() && !on_cpu.ok() && on_cpu.code() != StatusCode::unsupported)
+        fail("cpu refused what reference takes", on_cpu);
+    if (!on_reference.ok() && on_cpu.ok() && on_reference.code() != StatusCode::unsupported)
+        fail("reference refused what cpu takes", on_reference);
+    if (!on_reference.ok() || !on_cpu.ok()) return;
+    for (const auto& [name, tensor] : want.tensors)
+        if (!got.tensors.contains(name) || got.tensors.at(name).extent != tensor.extent)
+            fail("a result is missing or of another shape");
+    if (serialize_safetensors(file_from_case(got), "fuzz").empty()) fail("results gave an empty file");
+}
+
+// Making cases.
+
+using Random = std::minstd_rand;
+using Extents = std::vector<std::int64_t>;
+
+std::size_t below(Random& random, std::size_t n) { return random() % n; }
+
+template <class List>
+const auto& any(Random& random, const List& list) {
+    return list[below(random, std::size(list))];
+}
+
+const double values[] = {0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1.5, -3.0, 7.0, 30.0, -700.0, 1e-300, 5e-324, 1e30,
+                         1e308, 2147483647.0, 2147483648.0, -2147483649.0,
+                         std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),
+                         -std::numeric_limits<double>::infinity()};
+const std::int64_t extents[] = {0, 0, 1, 1, 2, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 257, 300,
+                                std::int64_t{1} << 20, std::int64_t{1} << 28, (std::int64_t{1} << 28) + 1,
+                                std::int64_t{1} << 40, std::int64_t{1} << 59};
+const char* const names[] = {"u", "log_dt", "log_neg_re", "im", "B", "C", "D", "x0", "cu_seqlens", "q", "k",
+                             "v", "bias", "dout.y", "dout.xT", "dout.o", "dout.lse", "dout.z", "out.y",
+                             "grad.u", "z", ""};
+const std::pair<const char*, const char*> options[] = {
+    {"op", "s4d"}, {"op", "attention"}, {"op", "sisa"}, {"disc", "zoh"}, {"disc", "bilinear"},
+    {"disc", "raw"}, {"method", "scan"}, {"method", "automatic"}, {"causal", "true"}, {"causal", "false"},
+    {"window", "none"}, {"window", "1"}, {"window", "3"}, {"window", "9e15"}, {"window", "-1"},
+    {"window", "8999999999999999"},
+    {"scale", "0.5"}, {"scale", "-1e308"}, {"scale", "nan"}, {"score", "softmax"}, {"score", "sigmoid"},
+    {"bias", "-2.5"}, {"bias", "1e308"}, {"bias", ""}, {"", "x"}};
+
+/// Random values that keep results finite, most of the time.
+SafetensorsTensor random_tensor(Random& random, Extents shape) {
+    std::vector<double> data(static_cast<std::size_t>(element_count(shape)));
+    for (double& x : data) x = static_cast<double>(below(random, 4001)) / 1000.0 - 2.0;
+    return make_tensor(std::span<const double>(data), std::move(shape));
+}
+
+SafetensorsTensor random_offsets(Random& random, std::int64_t sequences, std::int64_t length) {
+    std::vector<double> cu;
+    std::int64_t at = 0;
+    for (std::int64_t i = 0; i <= sequences; ++i) {
+        // The first is small, so that most of the rows belong to a sequence.
+        const auto step = static_cast<std::int64_t>(below(random, static_cast<std::size_t>(length - at) + 1));
+        at += i == 0 ? step / 4 : step;
+        cu.push_back(static_cast<double>(at));
+    }
+    return make_tensor(std::span<const double>(cu), {sequences + 1});
+}
+
+SafetensorsFile random_case(Random& random) {
+    const auto size = [&](std::size_t n) { return static_cast<std::int64_t>(below(random, n)); };
+    const bool packed = size(3) == 0, gradients = size(4) != 0, optional = size(2) == 0;
+    const std::int64_t sequences = size(4), B = packed ? 1 : size(4);
+    SafetensorsFile file;
+    std::vector<std::pair<const char*, Extents>> tensors;
+    std::int64_t length = 0;
+    if (size(2) == 0) {
+        file.metadata = {{"op", "s4d"}, {"disc", size(2) ? "zoh" : "bilinear"}};
+        const bool longer = size(8) == 0;
+        const std::int64_t H = longer ? 1 : size(20), N = size(6), L = longer ? 250 + size(20) : size(9);
+        const std::int64_t S = packed ? sequences : B;
+        length = L;
+        tensors = {{"u", {longer && !packed ? B / 3 : B, L, H}}, {"log_dt", {H}}, {"log_neg_re", {H, N}},
+                   {"im", {H, N}}, {"B", {H, N, 2}}, {"C", {H, N, 2}}};
+        if (optional) tensors.insert(tensors.end(), {{"D", {H}}, {"x0", {S, H, N, 2}}});
+        if (gradients) tensors.push_back({"dout.y", tensors[0].second});
+        if (gradients && optional) tensors.push_back({"dout.xT", {S, H, N, 2}});
+    } else {
+        file.metadata = {{"op", "attention"}};
+        const bool longer = size(8) == 0;
+        const std::int64_t group = 1 + size(3), Hkv = longer ? 1 : size(3), Hq = Hkv * group;
+        const std::int64_t dh = longer ? 1 : size(10), dv = longer ? 1 : size(10);
+        const std::int64_t Lk = longer ? 60 + size(80) : size(9), Lq = packed || size(2) ? Lk : Lk / 2;
+        const bool sigmoid = size(4) == 0;
+        length = Lk;
+        if (sigmoid) file.metadata["score"] = "sigmoid";
+        if (size(3) == 0) file.metadata["causal"] = "false";
+        if (size(3) == 0) file.metadata["window"] = std::to_string(1 + size(6));
+        tensors = {{"q", {B, Lq, Hq, dh}}, {"k", {B, Lk, Hkv, dh}}, {"v", {B, Lk, Hkv, dv}}};
+        if (sigmoid && optional) tensors.push_back({"bias", {Hq}});
+        if (gradients) tensors.push_back({"dout.o", {B, Lq, Hq, dv}});
+        if (gradients && optional && !sigmoid) tensors.push_back({"dout.lse", {B, Lq, Hq}});
+    }
+    for (auto& [name, shape] : tensors) file.tensors[name] = random_tensor(random, std::move(shape));
+    if (packed) file.tensors["cu_seqlens"] = random_offsets(random, sequences, length);
+    return file;
+}
+
+/// Gives a tensor another shape; its data is repeated or cut. Not done where there would be too much of it.
+void reshape(SafetensorsTensor& tensor, Extents shape) {
+    double elements = 1.0, hidden = 1.0;
+    for (const std::int64_t e : shape) {
+        elements *= static_cast<double>(e);
+        hidden *= e == 0 ? 1.0 : static_cast<double>(e);
+    }
+    if (elements > 1024.0 || hidden > 0x1p59) return;
+    const std::vector<std::byte> old = tensor.data;
+    tensor.data.assign(static_cast<std::size_t>(elements) * sizeof(double), std::byte{0});
+    for (std::size_t i = 0; i < tensor.data.size() && !old.empty(); ++i) tensor.data[i] = old[i % old.size()];
+    tensor.shape = std::move(shape);
+}
+
+/// One change that leaves a file that parses, if not a case that runs.
+void edit(Random& random, SafetensorsFile& file) {
+    if (file.tensors.empty()) {
+        file = random_case(random);
+        return;
+    }
+    const auto tensor =
+        std::next(file.tensors.begin(), static_cast<std::ptrdiff_t>(below(random, file.tensors.size())));
+    Extents shape = tensor->second.shape;
+    switch (below(random, 9)) {
+        case 0: {
+            const auto& [name, value] = any(random, options);
+            file.metadata[name] = value;
+            return;
+        }
+        case 1:
+            file.metadata.erase(any(random, options).first);
+            return;
+        case 2:
+            file.tensors.erase(tensor);
+            return;
+        case 3:
+            file.tensors[any(random, names)] = SafetensorsTensor(tensor->second);
+            return;
+        case 4: {  // one extent of one tensor
+            if (shape.empty()) return;
+            shape[below(random, shape.size())] = any(random, extents);
+            return reshape(tensor->second, shape);
+        }
+        case 5: {  // a size that tensors share, in all of them
+            if (shape.empty()) return;
+            const std::int64_t from = any(random, shape), to = any(random, extents);
+            for (auto& [name, other] : file.tensors) {
+                Extents changed = other.shape;
+                for (std::int64_t& e : changed) e = e == from ? to : e;
+                reshape(other, changed);
+            }
+            return;
+        }
+        case 6: {  // the number of axes
+            if (shape.empty() || below(random, 2))
+                shape.insert(shape.begin() + static_cast<std::ptrdiff_t>(below(random, shape.size() + 1)),
+                             any(random, extents));
+            else
+                shape.erase(shape.begin() + static_cast<std::ptrdiff_t>(below(random, shape.size())));
+            return reshape(tensor->second, shape);
+        }
+        case 7: {  // offsets for the longest axis there is
+            std::int64_t length = 0;
+            for (const auto& [name, other] : file.tensors)
+                if (other.shape.size() > 1 && other.shape[1] <= 1024)
+                    length = std::max(length, other.shape[1]);
+            const auto sequences = static_cast<std::int64_t>(below(random, 5));
+            file.tensors["cu_seqlens"] = random_offsets(random, sequences, length);
+            return;
+        }
+        default: {  // one value
+            auto& data = tensor->second.data;
+            if (data.size() < sizeof(double)) return;
+            const double x = any(random, values);
+            std::memcpy(data.data() + below(random, data.size() / sizeof x) * sizeof x, &x, sizeof x);
+            return;
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t max_size);
+
+extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
+                                               unsigned int seed) {
+    Random random(seed);
+    if (below(random, 16) == 0) return LLVMFuzzerMutate(data, size, max_size);
+    try {
+        SafetensorsFile file;
+        try {
+            file = parse_safetensors(std::as_bytes(std::span(data, size)), "fuzz");
+        } catch (const SafetensorsError&) {
+            file = random_case(random);
+        }
+        if (below(random, 16) == 0) file = random_case(random);
+        for (std::size_t n = 1 + below(random, 3); n > 0; --n) edit(random, file);
+        const std::vector<std::byte> bytes = serialize_safetensors(file, "fuzz");
+        if (bytes.size() > max_size) return LLVMFuzzerMutate(data, size, max_size);
+        std::memcpy(data, bytes.data(), bytes.size());
+        return bytes.size();
+    } catch (const SafetensorsError&) {  // names from a mutated file need not be text
+        return LLVMFuzzerMutate(data, size, max_size);
+    }
+}
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+    run(std::as_bytes(std::span(data, size)));
+    return 0;
+}

@@ -1,0 +1,17 @@
+// The operators that reference and cpu run. A new operator is an include and a line here.
+#pragma once
+
+#include <attention/attention.hpp>
+#include <s4d/s4d.hpp>
+
+#include "operators.hpp"
+
+namespace interstate::tools::replay {
+
+template <class Exec>
+inline constexpr Entry<Exec> host_operators[] = {
+    run_operator<attention::Operator, Exec>(),
+    run_operator<s4d::Operator, Exec>(),
+};
+
+}  // namespace interstate::tools::replay
