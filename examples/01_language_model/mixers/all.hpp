@@ -1,0 +1,31 @@
+// The registry. A new mixer is one file beside this one, one #include and one line.
+#pragma once
+
+#include "s4d.hpp"
+#include "softmax.hpp"
+
+namespace demo {
+
+template <class M>
+std::unique_ptr<Mixer> make_mixer(const std::string& name, const MixerConfig& config, Random& random) {
+    return std::make_unique<M>(name, config, random);
+}
+
+inline const std::vector<MixerEntry>& all_mixers() {
+    static const std::vector<MixerEntry> entries{
+        {"s4d", "diagonal state space layer, gated", true, make_mixer<S4dMixer>},
+        {"softmax", "causal softmax attention, rotary positions", true, make_mixer<SoftmaxMixer>},
+    };
+    return entries;
+}
+
+inline const MixerEntry& mixer_named(const std::string& name) {
+    std::string known;
+    for (const MixerEntry& entry : all_mixers()) {
+        if (entry.name == name) return entry;
+        known += (known.empty() ? "" : ", ") + entry.name;
+    }
+    throw InputError("mixer " + name + ": unknown, must be one of " + known);
+}
+
+}  // namespace demo
