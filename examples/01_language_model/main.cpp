@@ -17,7 +17,7 @@
 namespace demo {
 namespace {
 
-constexpr Index default_steps = 1000;  // enough to beat both baselines clearly
+constexpr Index default_steps = 800;  // enough to beat both baselines clearly
 
 /// Exit codes; interrupted runs give 128 and the signal, as shells do.
 enum Exit { success = 0, not_learned = 1, bad_input = 2, defect = 3 };
