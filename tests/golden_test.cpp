@@ -19,9 +19,16 @@ using namespace interstate::tools;
 using namespace interstate::tools::replay;
 
 const std::vector<std::string> files = {
-    "attention.bidirectional",  "attention.causal_gqa", "attention.grouped", "attention.packed",
-    "attention.packed_margins", "attention.window",     "s4d.bilinear",      "s4d.fast",
-    "s4d.packed",               "s4d.zoh",
+    "attention.bidirectional",
+    "attention.causal_gqa",
+    "attention.grouped",
+    "attention.packed",
+    "attention.packed_margins",
+    "attention.window",
+    "s4d.bilinear",
+    "s4d.fast",
+    "s4d.packed",
+    "s4d.zoh",
 };
 
 /// What is run, and what it is held to.

@@ -134,16 +134,11 @@ HostTensor filled(std::vector<Index> extent, double first = 0.1) {
 Case s4d_case() {
     const Index B = 2, L = 19, H = 3, N = 4;
     Case c{{{"op", "s4d"}}, {}};
-    c.tensors = {{"u", filled({B, L, H})},
-                 {"log_dt", filled({H}, 1.0)},
-                 {"log_neg_re", filled({H, N}, 2.0)},
-                 {"im", filled({H, N}, 3.0)},
-                 {"B", filled({H, N, 2}, 4.0)},
-                 {"C", filled({H, N, 2}, 5.0)},
-                 {"D", filled({H}, 6.0)},
-                 {"x0", filled({B, H, N, 2})},
-                 {"dout.y", filled({B, L, H}, 0.7)},
-                 {"dout.xT", filled({B, H, N, 2})}};
+    c.tensors = {
+        {"u", filled({B, L, H})},         {"log_dt", filled({H}, 1.0)},  {"log_neg_re", filled({H, N}, 2.0)},
+        {"im", filled({H, N}, 3.0)},      {"B", filled({H, N, 2}, 4.0)}, {"C", filled({H, N, 2}, 5.0)},
+        {"D", filled({H}, 6.0)},          {"x0", filled({B, H, N, 2})},  {"dout.y", filled({B, L, H}, 0.7)},
+        {"dout.xT", filled({B, H, N, 2})}};
     return c;
 }
 

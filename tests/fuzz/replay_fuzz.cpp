@@ -103,23 +103,77 @@ const auto& any(Random& random, const List& list) {
     return list[below(random, std::size(list))];
 }
 
-const double values[] = {0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 1.5, -3.0, 7.0, 30.0, -700.0, 1e-300, 5e-324, 1e30,
-                         1e308, 2147483647.0, 2147483648.0, -2147483649.0,
-                         std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity(),
+const double values[] = {0.0,
+                         -0.0,
+                         1.0,
+                         -1.0,
+                         0.5,
+                         2.0,
+                         1.5,
+                         -3.0,
+                         7.0,
+                         30.0,
+                         -700.0,
+                         1e-300,
+                         5e-324,
+                         1e30,
+                         1e308,
+                         2147483647.0,
+                         2147483648.0,
+                         -2147483649.0,
+                         std::numeric_limits<double>::quiet_NaN(),
+                         std::numeric_limits<double>::infinity(),
                          -std::numeric_limits<double>::infinity()};
-const std::int64_t extents[] = {0, 0, 1, 1, 2, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 257, 300,
-                                std::int64_t{1} << 20, std::int64_t{1} << 28, (std::int64_t{1} << 28) + 1,
-                                std::int64_t{1} << 40, std::int64_t{1} << 59};
-const char* const names[] = {"u", "log_dt", "log_neg_re", "im", "B", "C", "D", "x0", "cu_seqlens", "q", "k",
-                             "v", "bias", "dout.y", "dout.xT", "dout.o", "dout.lse", "dout.z", "out.y",
-                             "grad.u", "z", ""};
-const std::pair<const char*, const char*> options[] = {
-    {"op", "s4d"}, {"op", "attention"}, {"op", "sisa"}, {"disc", "zoh"}, {"disc", "bilinear"},
-    {"disc", "raw"}, {"method", "scan"}, {"method", "automatic"}, {"causal", "true"}, {"causal", "false"},
-    {"window", "none"}, {"window", "1"}, {"window", "3"}, {"window", "9e15"}, {"window", "-1"},
-    {"window", "8999999999999999"},
-    {"scale", "0.5"}, {"scale", "-1e308"}, {"scale", "nan"}, {"score", "softmax"}, {"score", "sigmoid"},
-    {"bias", "-2.5"}, {"bias", "1e308"}, {"bias", ""}, {"", "x"}};
+const std::int64_t extents[] = {0,
+                                0,
+                                1,
+                                1,
+                                2,
+                                2,
+                                3,
+                                4,
+                                5,
+                                8,
+                                9,
+                                16,
+                                17,
+                                33,
+                                64,
+                                257,
+                                300,
+                                std::int64_t{1} << 20,
+                                std::int64_t{1} << 28,
+                                (std::int64_t{1} << 28) + 1,
+                                std::int64_t{1} << 40,
+                                std::int64_t{1} << 59};
+const char* const names[] = {
+    "u", "log_dt", "log_neg_re", "im",      "B",      "C",        "D",      "x0",    "cu_seqlens", "q", "k",
+    "v", "bias",   "dout.y",     "dout.xT", "dout.o", "dout.lse", "dout.z", "out.y", "grad.u",     "z", ""};
+const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
+                                                       {"op", "attention"},
+                                                       {"op", "sisa"},
+                                                       {"disc", "zoh"},
+                                                       {"disc", "bilinear"},
+                                                       {"disc", "raw"},
+                                                       {"method", "scan"},
+                                                       {"method", "automatic"},
+                                                       {"causal", "true"},
+                                                       {"causal", "false"},
+                                                       {"window", "none"},
+                                                       {"window", "1"},
+                                                       {"window", "3"},
+                                                       {"window", "9e15"},
+                                                       {"window", "-1"},
+                                                       {"window", "8999999999999999"},
+                                                       {"scale", "0.5"},
+                                                       {"scale", "-1e308"},
+                                                       {"scale", "nan"},
+                                                       {"score", "softmax"},
+                                                       {"score", "sigmoid"},
+                                                       {"bias", "-2.5"},
+                                                       {"bias", "1e308"},
+                                                       {"bias", ""},
+                                                       {"", "x"}};
 
 /// Random values that keep results finite, most of the time.
 SafetensorsTensor random_tensor(Random& random, Extents shape) {
@@ -153,8 +207,12 @@ SafetensorsFile random_case(Random& random) {
         const std::int64_t H = longer ? 1 : size(20), N = size(6), L = longer ? 250 + size(20) : size(9);
         const std::int64_t S = packed ? sequences : B;
         length = L;
-        tensors = {{"u", {longer && !packed ? B / 3 : B, L, H}}, {"log_dt", {H}}, {"log_neg_re", {H, N}},
-                   {"im", {H, N}}, {"B", {H, N, 2}}, {"C", {H, N, 2}}};
+        tensors = {{"u", {longer && !packed ? B / 3 : B, L, H}},
+                   {"log_dt", {H}},
+                   {"log_neg_re", {H, N}},
+                   {"im", {H, N}},
+                   {"B", {H, N, 2}},
+                   {"C", {H, N, 2}}};
         if (optional) tensors.insert(tensors.end(), {{"D", {H}}, {"x0", {S, H, N, 2}}});
         if (gradients) tensors.push_back({"dout.y", tensors[0].second});
         if (gradients && optional) tensors.push_back({"dout.xT", {S, H, N, 2}});
@@ -208,15 +266,9 @@ void edit(Random& random, SafetensorsFile& file) {
             file.metadata[name] = value;
             return;
         }
-        case 1:
-            file.metadata.erase(any(random, options).first);
-            return;
-        case 2:
-            file.tensors.erase(tensor);
-            return;
-        case 3:
-            file.tensors[any(random, names)] = SafetensorsTensor(tensor->second);
-            return;
+        case 1: file.metadata.erase(any(random, options).first); return;
+        case 2: file.tensors.erase(tensor); return;
+        case 3: file.tensors[any(random, names)] = SafetensorsTensor(tensor->second); return;
         case 4: {  // one extent of one tensor
             if (shape.empty()) return;
             shape[below(random, shape.size())] = any(random, extents);

@@ -141,7 +141,6 @@ int run(const Arguments& args) {
 
     Request request;
     request.dtype = dtype_named(args.dtype);
-    request.param_dtype = request.dtype == DType::f64 ? DType::f64 : DType::f32;
     if (!args.param_dtype.empty()) request.param_dtype = dtype_named(args.param_dtype);
     if (request.param_dtype != DType::f64 && request.param_dtype != DType::f32)
         throw Failure{"--param-dtype is " + args.param_dtype + ", must be f32 or f64"};
@@ -184,7 +183,7 @@ void declare(CLI::App& app, Arguments& args) {
     app.add_option("out", args.out, "where out.* and grad.* are written");
     app.add_option("--exec", args.exec, "reference, cpu or cuda");
     app.add_option("--dtype", args.dtype, "storage: f64, f32, f16 or bf16");
-    app.add_option("--param-dtype", args.param_dtype, "of parameters: f64 or f32 (default: f64 with f64)");
+    app.add_option("--param-dtype", args.param_dtype, "of parameters: f64 (default, as in the file) or f32");
     app.add_option("--method", args.method, "the same as --option method=NAME");
     app.add_option("--option", args.options, "name=value, over the file's own; repeatable")
         ->allow_extra_args(false);

@@ -236,10 +236,14 @@ struct ModeTables {
     const A* response;
     const A* response_dy;
 
-    template <int W>
-    INTERSTATE_INLINE ModeTables from(Index n) const {
-        return {coefficient + n * coefficients * W, carry + n * carries * W, response + n * table_rows * W,
-                response_dy + n * table_rows * W};
+    INTERSTATE_INLINE ModeTables from(Index n, Index W) const {
+        return {offset(coefficient, n * coefficients * W), offset(carry, n * carries * W),
+                offset(response, n * table_rows * W), offset(response_dy, n * table_rows * W)};
+    }
+    /// Tables that this dtype or pass has no use for are null.
+    template <class E>
+    static INTERSTATE_INLINE const E* offset(const E* p, Index n) {
+        return p ? p + n : nullptr;
     }
 };
 
@@ -292,7 +296,7 @@ struct ForwardBody {
             }
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
-                    const ModeTables<A> mode = tables.template from<W>(m);
+                    const ModeTables<A> mode = tables.from(m, W);
                     carry_forward<V>(state + 2 * m * W, mode.carry, mode.response, u, begin, end);
                     x[m] = load_pair<V>(state + 2 * m * W);
                 }
@@ -324,8 +328,8 @@ struct ForwardBody {
             for (Index t = 0; t < count; ++t) simd::store(y + t * W, d * simd::load<V>(u + t * W));
             Index n = 0;
             for (; n + 2 <= N; n += 2)
-                tile<2, V>(u, y, task.state + 2 * n * W, task.tables.template from<W>(n), count);
-            if (n < N) tile<1, V>(u, y, task.state + 2 * n * W, task.tables.template from<W>(n), count);
+                tile<2, V>(u, y, task.state + 2 * n * W, task.tables.from(n, W), count);
+            if (n < N) tile<1, V>(u, y, task.state + 2 * n * W, task.tables.from(n, W), count);
             store_tile<W, A, T>(y, args.out.y, task.batch, begin, count, task.h, task.width);
         }
         store_state<W, A>(task.state, args.out.xT, task.i, task.h, task.width, N);
@@ -383,7 +387,7 @@ struct BackwardBody {
             }
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
-                    const ModeTables<A> mode = tables.template from<W>(m);
+                    const ModeTables<A> mode = tables.from(m, W);
                     carry_forward<V>(state + 2 * m * W, mode.carry, mode.response, u, begin, end);
                     s[m] = load_pair<V>(state + 2 * m * W);
                 }
@@ -429,7 +433,7 @@ struct BackwardBody {
             }
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
-                    const ModeTables<A> mode = tables.template from<W>(m);
+                    const ModeTables<A> mode = tables.from(m, W);
                     carry_backward<V>(g_state + 2 * m * W, mode.carry, mode.response_dy, dy, begin, end);
                     g[m] = load_pair<V>(g_state + 2 * m * W);
                 }
@@ -481,7 +485,7 @@ struct BackwardBody {
     static INTERSTATE_INLINE void modes(const Args& args, const A* u, const A* dy, A* du, A* x, const A* checkpoint,
                                         Index n, Index count) {
         constexpr int W = V::lanes;
-        const ModeTables<A> tables = args.task.tables.template from<W>(n);
+        const ModeTables<A> tables = args.task.tables.from(n, W);
         recompute<Modes, V>(u, x, checkpoint + 2 * n * args.task.lane_stride, args.task.lane_stride, tables, count);
         tile<Modes, V>(u, dy, du, args.task.state + 2 * n * W, x, tables, args.partial + n * partials * W, count);
     }
@@ -531,15 +535,13 @@ template <class T, class P, class A>
 ScanTask<A> scan_task(const Inputs<T, P>& in, const Shape& s, const ScanLayout<A>& w, A* checkpoints, Index W, Index i,
                       Index block, int worker) {
     const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
-    const Index at = block * s.modes;
     const Index size = checkpoint_size(s);
     return {.i = i,
             .batch = batch,
             .rows = rows,
             .h = block * W,
             .width = std::min(W, s.channels - block * W),
-            .tables = {w.coefficient + at * coefficients * W, w.carry + at * carries * W,
-                       w.response + at * table_rows * W, w.response_dy + at * table_rows * W},
+            .tables = ModeTables<A>{w.coefficient, w.carry, w.response, w.response_dy}.from(block * s.modes, W),
             .feedthrough = w.feedthrough + block * W,
             .tiles = w.tiles + worker * w.tiles_size,
             .state = w.states + worker * w.states_size,
