@@ -44,7 +44,7 @@ struct Problem {
         return {view(log_dt.data(), {H}), view(log_neg_re.data(), {H, N}), view(im.data(), {H, N}),
                 view(Bp.data(), {H, N}),  view(C.data(), {H, N}),          view(D.data(), {H})};
     }
-    s4d::Inputs<T> inputs() const { return {.u = view(u.data(), {B, L, H}), .params = params()}; }
+    s4d::Inputs<T, float> inputs() const { return {.u = view(u.data(), {B, L, H}), .params = params()}; }
     s4d::Outputs<T> outputs() { return {.y = view(y.data(), {B, L, H})}; }
     Saved saved() { return {saved_memory.data(), saved_memory.size()}; }
     void forward(bool save) {
@@ -52,7 +52,7 @@ struct Problem {
                            Workspace{forward_memory.data(), forward_memory.size()}));
     }
     void backward() {
-        const s4d::Grads<T> grads{.u = view(du.data(), {B, L, H}),
+        const s4d::Grads<T, float> grads{.u = view(du.data(), {B, L, H}),
                                   .params = {view(dlog_dt.data(), {H}), view(dlog_neg_re.data(), {H, N}),
                                              view(dim.data(), {H, N}), view(dB.data(), {H, N}),
                                              view(dC.data(), {H, N}), view(dD.data(), {H})}};
