@@ -9,6 +9,15 @@
 #include <interstate/executor.hpp>
 #include <interstate/status.hpp>
 
+// The widest instruction set kernels are compiled for: 0 baseline, 1 AVX2, 2 AVX-512. A build that sets
+// it lower compiles faster and runs narrower; every translation unit of a program must agree.
+#if !defined(__x86_64__)
+#undef INTERSTATE_WIDEST_ISA
+#define INTERSTATE_WIDEST_ISA 0
+#elif !defined(INTERSTATE_WIDEST_ISA)
+#define INTERSTATE_WIDEST_ISA 2
+#endif
+
 namespace interstate::inline INTERSTATE_ABI {
 namespace simd {
 
@@ -37,10 +46,11 @@ struct Avx512 {
 inline bool machine_has(Isa isa) {
     switch (isa) {
         case Isa::avx512:
-            return machine_has(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+            return INTERSTATE_WIDEST_ISA >= 2 && machine_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
+                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl");
         case Isa::avx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return INTERSTATE_WIDEST_ISA >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
         default: return true;
     }
 }
@@ -60,7 +70,7 @@ inline Isa resolve(Isa requested) {
 
 inline Status check_isa(Isa requested) {
     if (machine_has(requested)) return {};
-    return Status::error(StatusCode::unsupported, "cpu.isa: %s, must be one that this machine has (best: %s)",
+    return Status::error(StatusCode::unsupported, "cpu.isa: %s, must be one that this machine and build have (best: %s)",
                          to_string(requested), to_string(resolve(Isa::automatic)));
 }
 
@@ -83,8 +93,12 @@ INTERSTATE_TARGET_AVX512 void run_avx512(Args... args) {
 template <class Body, class... Args>
 void run_body(Isa isa, Args... args) {
     switch (isa) {
+#if INTERSTATE_WIDEST_ISA >= 2
         case Isa::avx512: return detail::run_avx512<Body>(args...);
+#endif
+#if INTERSTATE_WIDEST_ISA >= 1
         case Isa::avx2: return detail::run_avx2<Body>(args...);
+#endif
         default: return detail::run_baseline<Body>(args...);
     }
 }

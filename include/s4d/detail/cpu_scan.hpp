@@ -253,6 +253,7 @@ struct ScanTask {
     Index i, batch;  // recurrence, and its batch row
     RowRange rows;
     Index h, width;  // first channel of the block, and how many of its lanes are channels
+    Index modes;
     ModeTables<A> tables;
     const A* feedthrough;
     A* tiles;
@@ -262,11 +263,12 @@ struct ScanTask {
     Index lane_stride;       // padded H
 };
 
-template <class T, class P>
+template <class T>
 struct ForwardBody {
     using A = acc_t<T>;
     struct Args {
-        Inputs<T, P> in;
+        View<const T, 3> u;
+        View<const complex<A>, 3> x0;
         Outputs<T> out;
         ScanTask<A> task;
     };
@@ -310,10 +312,10 @@ struct ForwardBody {
         using V = simd::Native<Set, A>;
         constexpr int W = V::lanes;
         const ScanTask<A>& task = args.task;
-        const Index N = args.in.params.log_neg_re.extent[1];
+        const Index N = task.modes;
         A* u = task.tiles;
         A* y = u + tile_tokens * W;
-        load_state<W, A>(task.state, args.in.x0, task.i, task.h, task.width, N);
+        load_state<W, A>(task.state, args.x0, task.i, task.h, task.width, N);
         const V d = simd::load<V>(task.feedthrough);
         A* checkpoint = task.checkpoint;
         for (Index begin = task.rows.begin; begin < task.rows.end; begin += tile_tokens) {
@@ -324,7 +326,7 @@ struct ForwardBody {
                         checkpoint[r * task.lane_stride + lane] = static_cast<A>(task.state[r * W + lane]);
                 checkpoint += task.checkpoint_stride;
             }
-            load_tile<W, A, T>(u, args.in.u, task.batch, begin, count, task.h, task.width);
+            load_tile<W, A, T>(u, args.u, task.batch, begin, count, task.h, task.width);
             for (Index t = 0; t < count; ++t) simd::store(y + t * W, d * simd::load<V>(u + t * W));
             Index n = 0;
             for (; n + 2 <= N; n += 2)
@@ -336,13 +338,14 @@ struct ForwardBody {
     }
 };
 
-template <class T, class P>
+template <class T>
 struct BackwardBody {
     using A = acc_t<T>;
     struct Args {
-        Inputs<T, P> in;
+        View<const T, 3> u;
         Upstream<T> upstream;
-        Grads<T, P> grads;
+        View<T, 3> du;                // may be null
+        View<complex<A>, 3> dx0;      // may be null
         ScanTask<A> task;
         double* partial;  // of this group and block
         double* partial_D;
@@ -453,7 +456,7 @@ struct BackwardBody {
         using V = simd::Native<Set, A>;
         constexpr int W = V::lanes;
         const ScanTask<A>& task = args.task;
-        const Index N = args.in.params.log_neg_re.extent[1];
+        const Index N = task.modes;
         A* u = task.tiles;
         A* dy = u + tile_tokens * W;
         A* du = dy + tile_tokens * W;
@@ -463,7 +466,7 @@ struct BackwardBody {
         for (Index c = ceil_div(task.rows.end - task.rows.begin, tile_tokens) - 1; c >= 0; --c) {
             const Index begin = task.rows.begin + c * tile_tokens;
             const Index count = task.rows.end - begin < tile_tokens ? task.rows.end - begin : tile_tokens;
-            load_tile<W, A, T>(u, args.in.u, task.batch, begin, count, task.h, task.width);
+            load_tile<W, A, T>(u, args.u, task.batch, begin, count, task.h, task.width);
             load_tile<W, A, T>(dy, args.upstream.y, task.batch, begin, count, task.h, task.width);
             V dd = simd::broadcast<V>(0.0);
             for (Index t = 0; t < count; ++t) {
@@ -476,9 +479,9 @@ struct BackwardBody {
             Index n = 0;
             for (; n + 2 <= N; n += 2) modes<2, V>(args, u, dy, du, x, checkpoint, n, count);
             if (n < N) modes<1, V>(args, u, dy, du, x, checkpoint, n, count);
-            if (args.grads.u) store_tile<W, A, T>(du, args.grads.u, task.batch, begin, count, task.h, task.width);
+            if (args.du) store_tile<W, A, T>(du, args.du, task.batch, begin, count, task.h, task.width);
         }
-        store_state<W, A>(task.state, args.grads.x0, task.i, task.h, task.width, N);
+        store_state<W, A>(task.state, args.dx0, task.i, task.h, task.width, N);
     }
 
     template <int Modes, class V>
@@ -541,6 +544,7 @@ ScanTask<A> scan_task(const Inputs<T, P>& in, const Shape& s, const ScanLayout<A
             .rows = rows,
             .h = block * W,
             .width = std::min(W, s.channels - block * W),
+            .modes = s.modes,
             .tables = ModeTables<A>{w.coefficient, w.carry, w.response, w.response_dy}.from(block * s.modes, W),
             .feedthrough = w.feedthrough + block * W,
             .tiles = w.tiles + worker * w.tiles_size,
@@ -563,9 +567,9 @@ void scan_forward(const cpu& exec, Isa isa, const Options& options, const Inputs
     Arena saved_arena(saved.data);
     A* checkpoints = saved_arena.take<A>(checkpoint_count(s) * checkpoint_size(s));
     parallel_for(s.states() * blocks, exec.threads, [&](Index task, int worker) {
-        simd::run_body<ForwardBody<T, P>>(
-            isa, typename ForwardBody<T, P>::Args{
-                     in, out, scan_task(in, s, w, checkpoints, W, task / blocks, task % blocks, worker)});
+        simd::run_body<ForwardBody<T>>(
+            isa, typename ForwardBody<T>::Args{
+                     in.u, in.x0, out, scan_task(in, s, w, checkpoints, W, task / blocks, task % blocks, worker)});
     });
 }
 
@@ -587,10 +591,10 @@ void scan_backward(const cpu& exec, Isa isa, const Options& options, const Input
     std::fill_n(w.partial_D, groups * blocks * W, 0.0);
     parallel_for(groups * blocks, exec.threads, [&](Index task, int worker) {
         for (Index i = task / blocks; i < s.states(); i += groups)
-            simd::run_body<BackwardBody<T, P>>(
-                isa, typename BackwardBody<T, P>::Args{
-                         in, upstream, grads, scan_task(in, s, w, checkpoints, W, i, task % blocks, worker),
-                         w.partial + task * partial_size, w.partial_D + task * W});
+            simd::run_body<BackwardBody<T>>(
+                isa, typename BackwardBody<T>::Args{
+                         in.u, upstream, grads.u, grads.x0,
+                         scan_task(in, s, w, checkpoints, W, i, task % blocks, worker), w.partial + task * partial_size, w.partial_D + task * W});
     });
     parallel_for(s.channels, exec.threads, [&](Index h, int) {
         const Index block = h / W, lane = h % W;
