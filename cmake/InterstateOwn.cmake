@@ -23,6 +23,9 @@ function(interstate_own_cuda target)
                                                CUDA_RUNTIME_LIBRARY Static)
 endfunction()
 
+# What `ctest -L unit` needs; the sanitizers build no more than this.
+add_custom_target(unit_tests)
+
 # Idle OpenMP threads sleep instead of spinning: tests run beside each other on few cores.
 set(interstate_test_environment OMP_WAIT_POLICY=passive)
 
@@ -37,6 +40,7 @@ function(interstate_add_gtest target)
     target_link_libraries(${target} PRIVATE interstate_own GTest::gtest GTest::gtest_main ${arg_LINK})
     target_compile_definitions(${target} PRIVATE
         INTERSTATE_GOLDEN_DIR="${PROJECT_SOURCE_DIR}/tests/golden")
+    add_dependencies(unit_tests ${target})
     gtest_discover_tests(${target} TEST_PREFIX ${arg_PREFIX}. DISCOVERY_MODE PRE_TEST DISCOVERY_TIMEOUT 60
         PROPERTIES LABELS "unit;${arg_LABELS}" TIMEOUT 600 ENVIRONMENT "${interstate_test_environment}")
 endfunction()
@@ -62,10 +66,14 @@ function(interstate_add_skipped_test name reason labels)
     set_tests_properties(${name} PROPERTIES LABELS "${labels}" SKIP_REGULAR_EXPRESSION "^skipped: ")
 endfunction()
 
+# interstate_add_script_test(<name> <script> <target> <label>)
 # A bash script that drives one of our programs, whose path is its first argument.
-function(interstate_add_script_test name script target)
+function(interstate_add_script_test name script target label)
     add_test(NAME ${name} COMMAND bash "${PROJECT_SOURCE_DIR}/${script}" $<TARGET_FILE:${target}>
              WORKING_DIRECTORY "${PROJECT_SOURCE_DIR}")
-    set_tests_properties(${name} PROPERTIES LABELS unit SKIP_RETURN_CODE 77 TIMEOUT 600
+    set_tests_properties(${name} PROPERTIES LABELS ${label} SKIP_RETURN_CODE 77 TIMEOUT 600
                                             ENVIRONMENT "${interstate_test_environment}")
+    if(label STREQUAL "unit")
+        add_dependencies(unit_tests ${target})
+    endif()
 endfunction()

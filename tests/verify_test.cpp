@@ -13,6 +13,8 @@
 #include <interstate/verify.hpp>
 #include <s4d/s4d.hpp>
 
+#include "support/cases.hpp"
+
 namespace interstate {
 
 // An operator that is honest, or dishonest in one way: y = 2 x, by way of the workspace.
@@ -238,6 +240,18 @@ TEST(Verify, AttentionOn16BitViews) {
     const attention::Upstream<bf16> upstream{.o = whole(dout), .lse = {}};
     const auto report =
         verify<attention::Operator>(on<float>(cpu{}), on<double>(reference{}), {}, in, upstream);
+    EXPECT_TRUE(report.within(1e-5)) << to_string(report);
+}
+
+/// Sums over 4,097 keys in float32, the length its tolerance is meant for.
+TEST(Verify, AttentionOverFourThousandKeys) {
+    test::Random random(9);
+    Case c;
+    for (const char* name : {"q", "k", "v", "dout.o"}) c.tensors[name] = random.normal({1, 4097, 1, 16});
+    c = test::rounded<attention::Operator, float, float>(c);
+    const Report report =
+        verify_case<attention::Operator>(on<float>(cpu{}), on<double>(reference{}), attention::Options{}, c);
+    EXPECT_EQ(report.tensors.size(), 5u);
     EXPECT_TRUE(report.within(1e-5)) << to_string(report);
 }
 

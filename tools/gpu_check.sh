@@ -12,14 +12,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # Sections of benchmarks/peers/torch_gpu.py that stand beside our kernels.
 peers=(s4d)
+# Operators with a cuda executor, whose golden cases are replayed on it.
+golden=(s4d)
 
 build() {
-    cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON -DINTERSTATE_BUILD_TOOLS=OFF \
-          -DINTERSTATE_BUILD_EXAMPLES=OFF &&
+    cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON -DINTERSTATE_BUILD_EXAMPLES=OFF &&
         ninja -C "$1" -t targets all | sed -n 's/^\(\(bench\/\)\{0,1\}[a-z0-9_]*_cuda_\(test\|bench\)\): CUDA_EXE.*/\1/p' |
-            xargs ninja -C "$1" &&
+            xargs ninja -C "$1" replay &&
         mkdir -p "$1/gpu" &&
-        cp "$1"/*_cuda_test "$1"/bench/*_cuda_bench "$1/gpu/"
+        cp "$1"/*_cuda_test "$1"/bench/*_cuda_bench "$1/tools/replay" "$1/gpu/"
     local status=$?
     ls -l "$1/gpu"
     return $status
@@ -52,6 +53,14 @@ run() {
     fi
     for program in "${tests[@]}"; do
         step "$(basename "$program")" "$program"
+    done
+    for op in "${golden[@]}"; do
+        for file in tests/golden/"$op".*.safetensors; do
+            for dtype in f64 f32 f16 bf16; do
+                lines=1 step "golden.$(basename "$file" .safetensors).$dtype" \
+                    "$dir/replay" --check --exec cuda --forward-only --dtype "$dtype" "$file"
+            done
+        done
     done
     if command -v compute-sanitizer >/dev/null; then
         for program in "${tests[@]}"; do

@@ -72,4 +72,31 @@ inline double copy_gbps() {
     return 2.0 * static_cast<double>(bytes) / ms * 1e-6;
 }
 
+template <int unrolled>
+__global__ void fma_peak_kernel(float* out, int iterations) {
+    float x[unrolled];
+    const float y = static_cast<float>(threadIdx.x) * 1e-9f;
+#pragma unroll
+    for (int j = 0; j < unrolled; ++j) x[j] = static_cast<float>(j);
+    for (int i = 0; i < iterations; ++i)
+#pragma unroll
+        for (int j = 0; j < unrolled; ++j) x[j] = fmaf(x[j], y, 1.0f);
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < unrolled; ++j) sum += x[j];
+    if (sum == 12345.0f) *out = sum;  // keeps the work from being dropped
+}
+
+/// TFLOP/s of float32 FMAs outside the tensor cores: this run's arithmetic ceiling.
+inline double fma_tflops() {
+    cudaDeviceProp device;
+    check(cudaGetDeviceProperties(&device, 0), "device");
+    constexpr int unrolled = 8, iterations = 4096, threads = 512;
+    const int blocks = device.multiProcessorCount * 4;
+    DeviceArray<float> out(1);
+    const double ms = milliseconds([&] { fma_peak_kernel<unrolled><<<blocks, threads>>>(out.data(), iterations); });
+    check(cudaGetLastError(), "fma_peak_kernel");
+    return 2.0 * blocks * threads * static_cast<double>(iterations) * unrolled / ms * 1e-9;
+}
+
 }  // namespace interstate::bench

@@ -28,11 +28,11 @@ inline KernelChoice which_kernel(const cpu& exec, const Options&, const Shape&) 
                                 : "the instruction set that was asked for; any shape, strides and options";
     switch (simd::resolve(exec.isa)) {
         case Isa::avx512:
-            return {"attention_cpu_tiled_avx512", reason};
+            return {"attention.cpu.tiled.avx512", reason};
         case Isa::avx2:
-            return {"attention_cpu_tiled_avx2", reason};
+            return {"attention.cpu.tiled.avx2", reason};
         default:
-            return {"attention_cpu_tiled_baseline", reason};
+            return {"attention.cpu.tiled.baseline", reason};
     }
 }
 
@@ -49,9 +49,10 @@ inline KernelChoice which_kernel(const cpu& exec, const Options&, const Shape&) 
 /// Source: the online softmax of Milakov and Gimelshein, arXiv 1805.02867, in tiles as FlashAttention,
 /// arXiv 2205.14135.
 template <class T>
-Status forward(const cpu& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved,
+Status forward(const cpu& requested, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved,
                Workspace ws) {
-    INTERSTATE_RETURN_IF_ERROR(simd::check_isa(exec.isa));
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.keys));
@@ -66,9 +67,10 @@ Status forward(const cpu& exec, const Options& options, const Inputs<T>& in, con
 /// one whose view is null is not computed. Softmax reads out.o and out.lse, sigmoid neither (o is
 /// still checked). Errors as in forward.
 template <class T>
-Status backward(const cpu& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved,
+Status backward(const cpu& requested, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved,
                 const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws) {
-    INTERSTATE_RETURN_IF_ERROR(simd::check_isa(exec.isa));
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out, upstream, grads));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.keys));
@@ -83,9 +85,10 @@ Status backward(const cpu& exec, const Options& options, const Inputs<T>& in, co
 /// would be. The caller then adds one to state.length. Rows of the cache from length + 1 on are not
 /// read. Errors as in forward, and invalid_argument when the cache is full.
 template <class T>
-Status step(const cpu& exec, const Options& options, const Params&, const State<T>& state,
+Status step(const cpu& requested, const Options& options, const Params&, const State<T>& state,
             const Token<T>& token, const TokenOut<T>& out, Workspace ws) {
-    INTERSTATE_RETURN_IF_ERROR(simd::check_isa(exec.isa));
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(options, state, token, out));
     const Shape shape = shape_of(state, token);
     INTERSTATE_RETURN_IF_ERROR(

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <string_view>
 
 #include <interstate/executor.hpp>
@@ -198,12 +199,22 @@ inline Status validate(const Options& options, const Shape& s) {
                              static_cast<long long>(was), must);
     };
     if (options.window < 0) return bad("options.window", options.window, "at least 1, or 0 for none");
-    if (!std::isfinite(options.scale) || !std::isfinite(options.bias))
-        return Status::error(StatusCode::invalid_argument, "options.scale and options.bias must be finite");
+    const double largest = s.dtype == DType::f64 ? std::numeric_limits<double>::max()
+                                                 : static_cast<double>(std::numeric_limits<float>::max());
+    if (!(std::abs(options.scale) <= largest) || !(std::abs(options.bias) <= largest))
+        return Status::error(StatusCode::invalid_argument,
+                             "options.scale and options.bias are %g and %g, must be finite in the accumulator's dtype",
+                             options.scale, options.bias);
+    INTERSTATE_RETURN_IF_ERROR(check_size("q: batch", s.batch));
+    INTERSTATE_RETURN_IF_ERROR(check_size("q: length", s.queries));
+    INTERSTATE_RETURN_IF_ERROR(check_size("k: length", s.keys));
+    INTERSTATE_RETURN_IF_ERROR(check_size("q: heads", s.query_heads));
+    INTERSTATE_RETURN_IF_ERROR(check_size("k: heads", s.kv_heads));
+    INTERSTATE_RETURN_IF_ERROR(check_size("q: head dim", s.head_dim));
+    INTERSTATE_RETURN_IF_ERROR(check_size("v: head dim", s.value_dim));
     if (s.kv_heads == 0 ? s.query_heads != 0 : s.query_heads % s.kv_heads != 0)
         return bad("q: heads", s.query_heads, "a multiple of the heads of k");
     if (s.queries > s.keys) return bad("q: length", s.queries, "at most the length of k");
-    if (s.keys > 0x7fffffff) return bad("k: length", s.keys, "below 2^31");
     if (s.packed() && s.batch != 1) return bad("q: batch", s.batch, "1 with cu_seqlens");
     if (s.packed() && s.queries != s.keys) return bad("q: length", s.queries, "the length of k with cu_seqlens");
     return {};
@@ -212,6 +223,9 @@ template <class T>
 Status validate(const Options& options, const Inputs<T>& in) {
     if (in.cu_seqlens && in.cu_seqlens.extent[0] < 1)
         return Status::error(StatusCode::invalid_argument, "cu_seqlens: has no elements, must have S+1");
+    if (in.bias && options.score != Score::sigmoid)
+        return Status::error(StatusCode::invalid_argument, "bias: must be null with score = softmax, which has none");
+    INTERSTATE_RETURN_IF_ERROR(check_present(in, Shape{}));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(validate(options, shape));
     return check_tensors(in, shape);
@@ -254,6 +268,8 @@ Status validate(const Options& options, const State<T>& state, const Token<T>& t
                              "state.length is %lld, must be at least 0 and below the %lld rows of the cache",
                              static_cast<long long>(state.length), static_cast<long long>(s.keys));
     INTERSTATE_RETURN_IF_ERROR(validate(options, s));
+    if (token.bias && options.score != Score::sigmoid)
+        return Status::error(StatusCode::invalid_argument, "bias: must be null with score = softmax, which has none");
     CheckTensors check;
     check("q", token.q, {s.batch, s.query_heads, s.head_dim}, Need::required);
     check("k", token.k, {s.batch, s.kv_heads, s.head_dim}, Need::required);

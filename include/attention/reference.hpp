@@ -102,7 +102,7 @@ inline std::size_t workspace_size(reference, const Options&, const Shape& shape,
 }
 
 inline KernelChoice which_kernel(reference, const Options&, const Shape&) {
-    return {"attention_reference", "plain float64 loops, for any shape and strides"};
+    return {"attention.reference", "plain float64 loops, for any shape and strides"};
 }
 
 template <class T>

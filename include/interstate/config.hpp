@@ -17,7 +17,6 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define INTERSTATE_INLINE __attribute__((always_inline)) inline
-#define INTERSTATE_RESTRICT __restrict__
 #else
 #error "Interstate needs g++ 12, clang++ 14 or newer (vector extensions and target attributes)."
 #endif

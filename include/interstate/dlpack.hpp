@@ -7,11 +7,12 @@ namespace interstate::inline INTERSTATE_ABI {
 
 namespace detail {
 // DLDataTypeCode of the DLPack ABI.
-inline constexpr int dlpack_float = 2, dlpack_bfloat = 4, dlpack_complex = 5, dlpack_int = 0;
+inline constexpr int dlpack_int = 0, dlpack_uint = 1, dlpack_float = 2, dlpack_bfloat = 4, dlpack_complex = 5;
 
 template <class T>
 struct dlpack_type {
-    static constexpr int code = std::is_integral_v<T> ? dlpack_int : dlpack_float;
+    static constexpr int code =
+        !std::is_integral_v<T> ? dlpack_float : std::is_signed_v<T> ? dlpack_int : dlpack_uint;
 };
 template <>
 struct dlpack_type<bf16> {
@@ -24,11 +25,15 @@ struct dlpack_type<complex<T>> {
 }  // namespace detail
 
 /// Makes `out` a view of a DLTensor (any dlpack.h version: only the ABI's field names are used).
-/// The rank and the dtype must match T; the tensor stays the caller's.
+/// The rank and the dtype must match T, and the tensor must be on the device the executor reads: 1 is
+/// kDLCPU, 2 kDLCUDA. It stays the caller's.
 template <class T, int Rank, class DLTensor>
-Status view_from_dlpack(const char* name, const DLTensor& tensor, View<T, Rank>& out) {
+Status view_from_dlpack(const char* name, const DLTensor& tensor, View<T, Rank>& out, int device_type = 1) {
     using Element = std::remove_cv_t<T>;
     constexpr int bits = static_cast<int>(sizeof(Element)) * 8;
+    if (static_cast<int>(tensor.device.device_type) != device_type)
+        return Status::error(StatusCode::invalid_argument, "%s: DLPack device type is %d, must be %d", name,
+                             static_cast<int>(tensor.device.device_type), device_type);
     if (tensor.ndim != Rank)
         return Status::error(StatusCode::invalid_argument, "%s: has %d axes, must have %d", name,
                              static_cast<int>(tensor.ndim), Rank);

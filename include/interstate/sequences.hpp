@@ -11,8 +11,9 @@ struct RowRange {
     Index end;
 };
 
-/// Host check: S+1 offsets, non-decreasing, inside [0, length].
+/// Host check: S+1 offsets, non-decreasing, inside [0, length]. Absent offsets are right.
 inline Status check_cu_seqlens(const View<const std::int32_t, 1>& cu, Index length) {
+    if (!cu) return {};
     for (Index s = 0; s < cu.extent[0]; ++s) {
         const Index at = cu(s);
         const Index low = s == 0 ? 0 : cu(s - 1);

@@ -13,6 +13,8 @@ struct Memory<cuda> {
         if (cudaMalloc(&p, bytes) != cudaSuccess) throw std::bad_alloc();
         // Scratch is handed out as garbage on purpose, the same garbage every time.
         if (cudaMemset(p, 0xff, bytes) != cudaSuccess) throw std::bad_alloc();
+        // The fill runs on the default stream, which a non-blocking stream would not wait for.
+        if (cudaStreamSynchronize(nullptr) != cudaSuccess) throw std::bad_alloc();
         return p;
     }
     static void release(void* p) { cudaFree(p); }

@@ -418,8 +418,9 @@ struct Report {
         for (const TensorError& e : tensors) good = good && e.finite && e.relative <= relative;
         return good;
     }
+    /// Infinite where the runs failed or nothing was compared.
     double worst() const {
-        double w = 0.0;
+        double w = status.ok() && !tensors.empty() ? 0.0 : std::numeric_limits<double>::infinity();
         for (const TensorError& e : tensors)
             w = e.finite ? std::max(w, e.relative) : std::numeric_limits<double>::infinity();
         return w;
@@ -489,7 +490,10 @@ Report verify_case(const Got& got, const Want& want, const typename Op::Options&
     Case got_results, want_results;
     report.status = run(got, got_results);
     if (report.status.ok()) report.status = run(want, want_results);
-    if (report.status.ok()) report.tensors = compare(got_results, want_results);
+    if (!report.status.ok()) return report;
+    report.tensors = compare(got_results, want_results);
+    for (const auto& [name, tensor] : got_results.tensors)
+        if (!want_results.tensors.contains(name)) report.tensors.push_back({name + " (unexpected)", 0.0, 0.0, false});
     return report;
 }
 

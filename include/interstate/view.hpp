@@ -2,6 +2,8 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
 #include <interstate/complex.hpp>
@@ -87,12 +89,20 @@ constexpr View<T, static_cast<int>(Rank)> view(T* data, const I (&extent)[Rank])
 
 enum class Need : std::uint8_t { required, optional };
 
-/// Checks one named argument against the extents it must have. Writable views must not let two
-/// indices share an element along one axis.
+/// Checks one named argument against the extents it must have. A writable view may not have stride 0;
+/// that no two of its indices share an element otherwise is the caller's promise.
 template <class T, int Rank>
 Status check_view(const char* name, const View<T, Rank>& v, const Index (&want)[Rank], Need need) {
     Index elements = 1;
-    for (int a = 0; a < Rank; ++a) elements *= want[a];
+    bool overflow = false;
+    for (int a = 0; a < Rank; ++a) {
+        if (want[a] < 0)
+            return Status::error(StatusCode::invalid_argument, "%s: extent of axis %d is %lld, must not be negative",
+                                 name, a, static_cast<long long>(want[a]));
+        overflow = __builtin_mul_overflow(elements, want[a], &elements) || overflow;
+    }
+    if (overflow)
+        return Status::error(StatusCode::invalid_argument, "%s: has more than 2^63 elements", name);
     if (!v.data) {
         if (need == Need::optional || elements == 0) return {};
         return Status::error(StatusCode::invalid_argument, "%s: is null, must point to %lld elements", name,
@@ -121,6 +131,32 @@ struct CheckTensors {
         if (status.ok()) status = check_view(name, v, want, need);
     }
 };
+
+/// Finds the first required view that was never set: sizes are read off the views, so this comes before
+/// anything about sizes can be said.
+struct CheckPresent {
+    Status status;
+    template <class T, int Rank>
+    void operator()(const char* name, const View<T, Rank>& v, const Index (&)[Rank], Need need) {
+        if (!status.ok() || need == Need::optional || v.data) return;
+        for (int a = 0; a < Rank; ++a)
+            if (v.extent[a] != 0 || v.stride[a] != 0) return;  // an empty tensor, which may be null
+        status = Status::error(StatusCode::invalid_argument, "%s: is missing, must be a view", name);
+    }
+};
+template <class Tensors, class Shape>
+Status check_present(Tensors tensors, const Shape& shape) {
+    CheckPresent check;
+    visit(tensors, shape, check);
+    return check.status;
+}
+
+/// Bounds the sizes of a call, so that products of them do not overflow: each below 2^31.
+inline Status check_size(const char* name, Index size) {
+    if (size >= 0 && size <= 0x7fffffff) return {};
+    return Status::error(StatusCode::invalid_argument, "%s is %lld, must be at least 0 and below 2^31", name,
+                         static_cast<long long>(size));
+}
 
 /// Checks every tensor of a struct of views (taken by value: the walk wants a mutable one).
 template <class Tensors, class Shape>

@@ -18,7 +18,8 @@ struct Workspace {
 
 /// What forward keeps for backward (checkpointed states, statistics): memory of `saved_size` bytes
 /// that the caller owns, filled by forward and read by backward of the same executor. Inference
-/// passes none.
+/// passes none. Forward and backward must get it at the same address, with the same executor, options
+/// and shape: it is bytes, and backward cannot tell.
 struct Saved {
     void* data = nullptr;
     std::size_t size = 0;
@@ -41,7 +42,12 @@ class Arena {
     template <class T>
     T* take(Index n) {
         const std::size_t at = used_;
-        used_ += (static_cast<std::size_t>(n) * sizeof(T) + alignment - 1) / alignment * alignment;
+        std::size_t bytes = 0;
+        // More than memory can hold stays more: a size check then fails, whatever comes after.
+        if (n < 0 || __builtin_mul_overflow(static_cast<std::size_t>(n), sizeof(T), &bytes) || bytes > limit - used_)
+            used_ = limit;
+        else
+            used_ += (bytes + alignment - 1) / alignment * alignment;
         return base_ && n > 0 ? reinterpret_cast<T*>(base_ + at) : nullptr;
     }
 
@@ -49,6 +55,7 @@ class Arena {
     std::size_t required() const { return used_ == 0 ? 0 : used_ + alignment; }
 
   private:
+    static constexpr std::size_t limit = std::size_t{1} << 62;
     std::byte* base_ = nullptr;
     std::size_t used_ = 0;
 };

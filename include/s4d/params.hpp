@@ -160,20 +160,37 @@ Shape shape_of(const Inputs<T, P>& in) {
             .sequences = in.cu_seqlens ? in.cu_seqlens.extent[0] - 1 : -1};
 }
 
+/// Shape of a decoding step, for its workspace.
+template <class T, class P>
+Shape shape_of(const Discrete<P>& discrete, const Token<T>& token) {
+    return {.dtype = dtype_of<T>,
+            .batch = token.u.extent[0],
+            .length = 1,
+            .channels = token.u.extent[1],
+            .modes = discrete.Abar.extent[1]};
+}
+
 /// What holds for every executor: sizes, null pointers, strides. Nothing is read but the views.
 inline Status validate(const Shape& s) {
     if (s.packed() && s.batch != 1)
         return Status::error(StatusCode::invalid_argument, "u: batch is %lld, must be 1 with cu_seqlens",
                              static_cast<long long>(s.batch));
-    if (s.length > 0x7fffffff)
-        return Status::error(StatusCode::invalid_argument, "u: length is %lld, must be below 2^31",
-                             static_cast<long long>(s.length));
+    INTERSTATE_RETURN_IF_ERROR(check_size("u: batch", s.batch));
+    INTERSTATE_RETURN_IF_ERROR(check_size("u: length", s.length));
+    INTERSTATE_RETURN_IF_ERROR(check_size("u: channels", s.channels));
+    INTERSTATE_RETURN_IF_ERROR(check_size("log_neg_re: modes", s.modes));
+    const double states = static_cast<double>(s.states()) * static_cast<double>(s.channels) * static_cast<double>(s.modes);
+    if (states > 0x1p48)
+        return Status::error(StatusCode::invalid_argument, "states, channels and modes are %lld, %lld and %lld, their "
+                             "product must be at most 2^48", static_cast<long long>(s.states()),
+                             static_cast<long long>(s.channels), static_cast<long long>(s.modes));
     return {};
 }
 template <class T, class P>
 Status validate(const Inputs<T, P>& in) {
     if (in.cu_seqlens && in.cu_seqlens.extent[0] < 1)
         return Status::error(StatusCode::invalid_argument, "cu_seqlens: has no elements, must have S+1");
+    INTERSTATE_RETURN_IF_ERROR(check_present(in, Shape{}));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(validate(shape));
     return check_tensors(in, shape);

@@ -66,7 +66,7 @@ Status forward(reference exec, const Options& options, const Inputs<T, P>& in, c
                Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(in, out));
     const Shape s = shape_of(in);
-    if (in.cu_seqlens) INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, s.length));
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, s.length));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, s, pass::forward)));
     Arena arena(ws.data);
@@ -102,7 +102,7 @@ Status backward(reference exec, const Options& options, const Inputs<T, P>& in, 
                 const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, grads));
     const Shape s = shape_of(in);
-    if (in.cu_seqlens) INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, s.length));
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, s.length));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, s, pass::backward)));
     Arena arena(ws.data);

@@ -2,7 +2,7 @@
 //
 // The same names and arguments as s4d/s4d.hpp, as overloads for `cuda`: forward today, in every dtype,
 // with states and packed sequences. Views point to device memory; calls are asynchronous on
-// exec.stream, allocate nothing and can be captured in a CUDA graph. Equations: docs/ops/s4d.md.
+// exec.stream and allocate nothing. Equations: docs/ops/s4d.md.
 #pragma once
 
 #include <s4d/detail/cuda_scan.cuh>
@@ -41,6 +41,7 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
                              static_cast<long long>(shape.states() * shape.channels));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
+    INTERSTATE_RETURN_IF_ERROR(pending_status());
     return detail::cuda_scan_forward(exec, options, in, out, ws);
 }
 

@@ -47,33 +47,35 @@ inline std::size_t workspace_size(const cpu& exec, const Options&, const Shape& 
 
 /// y (B, L, H) and the final states xT. Pass `saved` memory if backward will follow, Saved{} if not.
 template <class T, class P>
-Status forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
+Status forward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
                Workspace ws) {
-    INTERSTATE_RETURN_IF_ERROR(simd::check_isa(exec.isa));
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(in, out));
     const Shape shape = shape_of(in);
-    if (in.cu_seqlens) INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.length));
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.length));
     if (saved.data)
         INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
-    detail::scan_forward(exec, simd::resolve(exec.isa), options, in, out, saved, ws);
+    detail::scan_forward(exec, exec.isa, options, in, out, saved, ws);
     return {};
 }
 
 /// Gradients of every input whose view in `grads` is not null. `saved` is what forward filled for the
 /// same inputs; `out` is not read.
 template <class T, class P>
-Status backward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>&, Saved saved,
+Status backward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>&, Saved saved,
                 const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
-    INTERSTATE_RETURN_IF_ERROR(simd::check_isa(exec.isa));
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, grads));
     const Shape shape = shape_of(in);
-    if (in.cu_seqlens) INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.length));
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.length));
     INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
-    detail::scan_backward(exec, simd::resolve(exec.isa), options, in, saved, upstream, grads, ws);
+    detail::scan_backward(exec, exec.isa, options, in, saved, upstream, grads, ws);
     return {};
 }
 
@@ -85,16 +87,16 @@ Status discretize(const cpu&, const Options& options, const Params<P>& params, c
 
 /// One token for every batch row; the state is updated in place. Needs no workspace.
 template <class T, class P>
-Status step(const cpu& exec, const Options&, const Discrete<P>& discrete, const State<acc_t<T>>& state,
+Status step(const cpu& requested, const Options&, const Discrete<P>& discrete, const State<acc_t<T>>& state,
             const Token<T>& token, const TokenOut<T>& out, Workspace) {
-    INTERSTATE_RETURN_IF_ERROR(simd::check_isa(exec.isa));
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(discrete, state, token, out));
-    const Isa isa = simd::resolve(exec.isa);
     const Index B = token.u.extent[0];
     // One row is microseconds of work: starting threads pays only for many of them.
     const Index work = B * discrete.Abar.extent[0] * discrete.Abar.extent[1];
     parallel_for(B, work < (Index{1} << 17) ? 1 : exec.threads, [&](Index b, int) {
-        simd::run_body<detail::StepBody<T, P>>(isa, discrete, state, token, out, b);
+        simd::run_body<detail::StepBody<T, P>>(exec.isa, discrete, state, token, out, b);
     });
     return {};
 }

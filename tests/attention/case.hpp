@@ -75,7 +75,7 @@ struct Case {
         x.q = view(q.data(), {s.B, s.Lq, s.Hq, s.dh});
         x.k = view(k.data(), {s.B, s.Lk, s.Hkv, s.dh});
         x.v = view(v.data(), {s.B, s.Lk, s.Hkv, s.dv});
-        if (with_bias) x.bias = view(bias.data(), {s.Hq});
+        if (with_bias && !softmax()) x.bias = view(bias.data(), {s.Hq});
         if (!s.cu.empty()) x.cu_seqlens = view(s.cu.data(), {static_cast<Index>(s.cu.size())});
         return x;
     }

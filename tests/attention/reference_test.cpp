@@ -111,7 +111,7 @@ TEST(AttentionReference, GradientsMatchFiniteDifferences) {
         for (const Options& o : all_options()) {
             SCOPED_TRACE(describe(s, o));
             Case<double> c(s, o, 7);
-            c.with_bias = o.window > 0;
+            c.with_bias = o.window > 0 && !c.softmax();
             run(reference{}, c);
             const auto check = [&](std::vector<double>& x, const std::vector<double>& grad) {
                 Case<double>& moved = c;
@@ -230,7 +230,7 @@ TEST(AttentionReference, StepsAreRowsOfForward) {
     for (const Options& o : all_options()) {
         if (!o.causal) continue;  // a step reads all of the cache: the causal row
         Case<double> c({.B = 2, .Lq = 7, .Lk = 7, .Hq = 4, .Hkv = 2, .dh = 3, .dv = 2}, o);
-        c.with_bias = c.options.windowed();
+        c.with_bias = c.options.windowed() && !c.softmax();
         ASSERT_TRUE(forward(reference{}, c).ok());
         std::vector<double> k(2 * 9 * 2 * 3, NAN), v(2 * 9 * 2 * 2, NAN), row(2 * 4 * 2);
         attention::State<double> state{view(k.data(), {2, 9, 2, 3}), view(v.data(), {2, 9, 2, 2})};
@@ -272,6 +272,13 @@ TEST(AttentionReference, ErrorsNameTheArgumentAndWriteNothing) {
     EXPECT_EQ(message(c, in, out, 1).substr(0, 10), "workspace:");
     in.k.data = nullptr;
     EXPECT_EQ(message(c, in, out), "k: is null, must point to 16 elements");
+    in = c.in(), in.v = {};
+    EXPECT_EQ(message(c, in, out), "v: is missing, must be a view");
+    in = c.in(), in.q.extent[3] = in.k.extent[3] = -1000;
+    EXPECT_EQ(message(c, in, out), "q: head dim is -1000, must be at least 0 and below 2^31");
+    const double bias[4] = {};
+    in = c.in(), in.bias = view(bias, {4});
+    EXPECT_EQ(message(c, in, out), "bias: must be null with score = softmax, which has none");
     in = c.in(), in.v.extent[1] = 3;
     EXPECT_EQ(message(c, in, out), "v: extent of axis 1 is 3, must be 4");
     in = c.in(), in.k.extent[2] = in.v.extent[2] = 3;

@@ -9,7 +9,7 @@
 template <class Exec>
 std::vector<float> run_s4d(const Exec& exec) {
     using namespace interstate;
-    constexpr Index B = 2, L = 33, H = 5, N = 3;
+    constexpr Index B = 8, L = 33, H = 5, N = 3;
     std::vector<float> u(B * L * H), y(u.size()), log_dt(H, -3.0f), log_neg_re(H * N, -0.7f), im(H * N);
     for (std::size_t i = 0; i < u.size(); ++i) u[i] = static_cast<float>(i % 7) - 3.0f;
     for (std::size_t i = 0; i < im.size(); ++i) im[i] = static_cast<float>(i);

@@ -1,4 +1,4 @@
 #include "odr.hpp"
 
-std::vector<float> second_on_cpu() { return run_s4d(interstate::cpu{.threads = 1}); }
+std::vector<float> second_on_cpu() { return run_s4d(interstate::cpu{.threads = 4}); }
 std::vector<float> second_on_reference() { return run_s4d(interstate::reference{}); }

@@ -95,15 +95,23 @@ TEST(S4dCpu, PackedSequencesWithNaNNeighboursAndMargins) {
     Case c = make({.length = 700, .channels = 9, .modes = 4, .cu_seqlens = cu}, 4);
     Case clean, dirty;
     ASSERT_TRUE((run_case<Operator, float, float>(cpu{}, {}, c, clean).ok()));
-    for (Index i = 41 * 9; i < 300 * 9; ++i) c.tensors["u"].values[i] = std::nan("");
+    for (Index i = 41 * 9; i < 300 * 9; ++i)
+        c.tensors["u"].values[i] = c.tensors["dout.y"].values[i] = std::nan("");
     ASSERT_TRUE((run_case<Operator, float, float>(cpu{}, {}, c, dirty).ok()));
+    for (const char* name : {"out.xT", "grad.x0"})  // sequence 3 is the one with NaN
+        for (Index i = 0; i < 6 * 9 * 4 * 2; ++i) {
+            if (i / (9 * 4 * 2) != 3) {
+                ASSERT_EQ(dirty.tensors[name].values[i], clean.tensors[name].values[i]) << name;
+            }
+        }
     for (Index t = 0; t < 700; ++t)
         for (Index h = 0; h < 9; ++h) {
             const auto at = static_cast<std::size_t>(t * 9 + h);
             if (t >= 41 && t < 300)
                 EXPECT_TRUE(std::isnan(dirty.tensors["out.y"].values[at]));
             else
-                ASSERT_EQ(dirty.tensors["out.y"].values[at], clean.tensors["out.y"].values[at]) << t;
+                for (const char* name : {"out.y", "grad.u"})
+                    ASSERT_EQ(dirty.tensors[name].values[at], clean.tensors[name].values[at]) << name << t;
         }
 }
 
@@ -237,6 +245,7 @@ TEST(S4dCpu, ErrorsComeBeforeAnythingIsWritten) {
                                      .B = view(z.data(), {H, N}),
                                      .C = view(z.data(), {H, N})}};
     const s4d::Outputs<float> out{.y = view(y.data(), {Index{1}, L, H})};
+    std::vector<float> real_y(L * H);
     const cpu exec{.threads = 2};
     const s4d::Options options;
     const auto shape = shape_of(in);
@@ -270,6 +279,16 @@ TEST(S4dCpu, ErrorsComeBeforeAnythingIsWritten) {
     const Status unsaved = backward(exec, options, in, out, Saved{}, upstream, s4d::Grads<float>{}, ws);
     EXPECT_EQ(unsaved.code(), StatusCode::workspace_too_small);
     EXPECT_EQ(std::string(unsaved.message()).rfind("saved:", 0), 0u);
+    EXPECT_EQ(forward(cpu{.threads = -7}, options, in, out, Saved{}, ws).code(), StatusCode::invalid_argument);
+    auto huge = in;
+    huge.u.extent[1] = 0;
+    huge.u.extent[2] = Index{1} << 62;
+    EXPECT_EQ(forward(exec, options, huge, out, Saved{}, ws).code(), StatusCode::invalid_argument);
+    auto null_offsets = in;
+    null_offsets.cu_seqlens.extent[0] = 3;  // no data: a dense batch
+    EXPECT_TRUE(forward(exec, options, null_offsets, s4d::Outputs<float>{.y = view(real_y.data(), {Index{1}, L, H})},
+                        Saved{}, ws)
+                    .ok());
     for (const Isa isa : {Isa::avx2, Isa::avx512})
         if (!simd::machine_has(isa)) {
             EXPECT_EQ(forward(cpu{.isa = isa}, options, in, out, Saved{}, ws).code(), StatusCode::unsupported);

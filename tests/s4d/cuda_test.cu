@@ -53,14 +53,18 @@ void packed_with_bad_offsets(Checks& checks) {
     every_dtype(checks, c);
     Case clean, dirty;
     const RunOptions forward_only{.backward = false};
-    Status s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, clean, forward_only);
+    const Status first = run_case<Operator, float, float>(interstate::cuda{}, {}, c, clean, forward_only);
     for (Index i = 41 * 5; i < 1300 * 5; ++i) u[i] = std::nan("");
-    s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, dirty, forward_only);
-    bool isolated = s.ok();
-    for (Index i = 0; i < 1710 * 5; ++i) {
+    const Status second = run_case<Operator, float, float>(interstate::cuda{}, {}, c, dirty, forward_only);
+    bool isolated = first.ok() && second.ok();
+    checks.expect(isolated, "packed", isolated ? "" : first.ok() ? second.message() : first.message());
+    for (Index i = 0; isolated && i < 1710 * 5; ++i) {
         const double a = clean.tensors["out.y"].values[i], b = dirty.tensors["out.y"].values[i];
-        isolated = isolated && (i >= 41 * 5 && i < 1300 * 5 ? std::isnan(b) : a == b);
+        isolated = i >= 41 * 5 && i < 1300 * 5 ? std::isnan(b) : a == b;
     }
+    for (Index i = 0; isolated && i < 6 * 5 * 4 * 2; ++i)
+        isolated = i / (5 * 4 * 2) == 3 ||
+                   clean.tensors["out.xT"].values[i] == dirty.tensors["out.xT"].values[i];
     checks.expect(isolated, "packed", "NaN of one sequence must stay in it");
 
     // Offsets that decrease or leave the range are reported, and nothing outside is touched.
@@ -82,18 +86,23 @@ void packed_with_bad_offsets(Checks& checks) {
 void states_carry_and_runs_agree(Checks& checks) {
     Case c = rounded<Operator, float, float>(make({.length = 3000, .channels = 3, .modes = 4, .upstream = false}, 6));
     Case whole, again, truth;
-    Status s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, whole);
-    s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, again);
-    checks.expect(s.ok() && whole.tensors["out.y"].values == again.tensors["out.y"].values, "two runs",
+    const auto run = [&](Case& results) {
+        const Status s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, results);
+        checks.expect(s.ok(), "states", s.message());
+    };
+    run(whole);
+    run(again);
+    checks.expect(whole.tensors["out.y"].values == again.tensors["out.y"].values, "two runs",
                   "must give the same bits");
-    s = run_case<Operator, double, double>(reference{}, {}, c, truth);
+    const Status s = run_case<Operator, double, double>(reference{}, {}, c, truth);
+    checks.expect(s.ok(), "states", s.message());
     const HostTensor u = c.tensors["u"];
     HostTensor y{{1, 3000, 3}, {}};
     for (const Index chunk : {1000, 24, 1, 1975}) {
         const Index t = static_cast<Index>(y.values.size()) / 3;
         c.tensors["u"] = {{1, chunk, 3}, {u.values.begin() + t * 3, u.values.begin() + (t + chunk) * 3}};
         Case piece;
-        s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, piece);
+        run(piece);
         const auto& out = piece.tensors["out.y"].values;
         y.values.insert(y.values.end(), out.begin(), out.end());
         c.tensors["x0"] = piece.tensors["out.xT"];

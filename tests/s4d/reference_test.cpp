@@ -312,7 +312,7 @@ TEST(S4dReference, ErrorsNameTheArgument) {
     in.params.log_neg_re.extent[0] = 2;
     in.params.log_neg_re.extent[1] = 3;
     EXPECT_EQ(std::string(forward(reference{}, {}, in, s4d::Outputs<double>{}, {}, {}).message()),
-              "log_dt: is null, must point to 2 elements");
+              "log_dt: is missing, must be a view");
     s4d::Options options;
     EXPECT_FALSE(set_option(options, "disc", "foh").ok());
     EXPECT_TRUE(set_option(options, "disc", "bilinear").ok());

@@ -95,8 +95,6 @@ class S4dMixer final : public Mixer {
         Bbar_.resize(entries);
         state_.assign(entries, {0.0f, 0.0f});
         check(s4d::discretize(executor, options_, params(), discrete()), "s4d::discretize");
-        const s4d::Shape shape{.batch = 1, .length = 1, .channels = channels_, .modes = modes_};
-        step_bytes_ = s4d::workspace_size(executor, options_, shape, interstate::pass::step);
     }
 
     void step(const Row& x, Row& y) override {
@@ -105,8 +103,9 @@ class S4dMixer final : public Mixer {
         const s4d::State<float> state{view(state_.data(), {Index(1), channels_, modes_})};
         const s4d::Token<float> token{view(row_.data(), {Index(1), channels_})};
         const s4d::TokenOut<float> out{view(mixed_row_.data(), {Index(1), channels_})};
-        check(s4d::step(executor, options_, discrete(), state, token, out, workspace_.workspace(step_bytes_)),
-              "s4d::step");
+        const auto workspace = workspace_.workspace(s4d::workspace_size(
+            executor, options_, s4d::shape_of(discrete(), token), interstate::pass::step));
+        check(s4d::step(executor, options_, discrete(), state, token, out, workspace), "s4d::step");
         const auto gate = row_.rightCols(channels_).array();
         mixed_row_.array() *= gate * gate.logistic();
         out_.step(mixed_row_, y);
@@ -159,7 +158,6 @@ class S4dMixer final : public Mixer {
     std::vector<interstate::complex<double>> Abar_, Bbar_;  // of decoding, as is the rest
     std::vector<interstate::complex<float>> state_;
     Row row_, mixed_row_;
-    std::size_t step_bytes_ = 0;
 };
 
 }  // namespace demo

@@ -120,15 +120,8 @@ class SoftmaxMixer final : public Mixer {
         const attention::Token<float> token{token_view(row_.data()), token_view(row_.data() + width_),
                                             token_view(row_.data() + 2 * width_)};
         const attention::TokenOut<float> out{token_view(mixed_row_.data())};
-        const attention::Shape shape{.batch = 1,
-                                     .queries = 1,
-                                     .keys = length_ + 1,
-                                     .query_heads = heads_,
-                                     .kv_heads = heads_,
-                                     .head_dim = head_dim_,
-                                     .value_dim = head_dim_};
-        const auto workspace = workspace_.workspace(
-            attention::workspace_size(executor, options_, shape, interstate::pass::step));
+        const auto workspace = workspace_.workspace(attention::workspace_size(
+            executor, options_, attention::shape_of(state, token), interstate::pass::step));
         check(attention::step(executor, options_, attention::Params{}, state, token, out, workspace),
               "attention::step");
         ++length_;

@@ -603,13 +603,14 @@ struct TiledCall {
             load(in.v, b, q.key0 + j, kv, tile.rows, A(1), w.inner_b);
             products(w.inner_a, shape.head_dim, w.outer_a, wide, tile.rows, w.tile);
             const bool masked = tile.masked(range);
-            if (masked) tile.fill_masked(w.tile, range, -inf);
             if (softmax()) {
+                if (masked) tile.fill_masked(w.tile, range, -inf);
                 simd::run_body<OnlineSoftmax<A>>(isa, w.tile, tile.rows, wide.begin, wide.end, w.running);
                 simd::run_body<ScaleRows<A>>(isa, w.sum_b + range.begin * ldv, range.end - range.begin, ldv,
                                              static_cast<const A*>(w.running.shrink + range.begin));
             } else {
                 simd::run_body<Sigmoid<A>>(isa, w.tile, tile.rows, wide.begin, wide.end, bias(h));
+                if (masked) tile.fill_masked(w.tile, range, A(0));
             }
             accumulate<A>(isa, tile, range, masked, w.tile, w.inner_b, ldv, w.sum_b);
         }

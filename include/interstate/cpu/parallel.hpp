@@ -5,17 +5,30 @@
 #include <omp.h>
 #endif
 
+#include <interstate/cpu/isa.hpp>
 #include <interstate/dtype.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
 
-/// Threads a cpu executor will use.
-inline int thread_count([[maybe_unused]] int requested) {
+/// Threads a cpu executor will use. Only the answer for 0 depends on how this was compiled.
+inline int thread_count(int requested) {
+    if (requested > 0) return requested;
 #if defined(_OPENMP)
-    return requested > 0 ? requested : omp_get_max_threads();
+    return omp_get_max_threads();
 #else
     return 1;
 #endif
+}
+
+/// Checks an executor and settles its choices, once per call: layout, size check and loops must agree on
+/// the number of threads even where units with and without OpenMP are linked into one program.
+inline Status resolve(const cpu& requested, cpu& exec) {
+    if (requested.threads < 0)
+        return Status::error(StatusCode::invalid_argument, "cpu.threads: %d, must be positive, or 0 for OpenMP's default",
+                             requested.threads);
+    INTERSTATE_RETURN_IF_ERROR(simd::check_isa(requested.isa));
+    exec = {.threads = thread_count(requested.threads), .isa = simd::resolve(requested.isa)};
+    return {};
 }
 
 /// f(task, worker) for every task in [0, tasks); worker < thread_count(requested) indexes scratch

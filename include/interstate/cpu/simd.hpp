@@ -5,6 +5,10 @@
 // expression become one FMA where the target has it.
 #pragma once
 
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "interstate: -ffast-math and -ffinite-math-only break exp() and the handling of NaN and infinities here"
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -77,7 +81,7 @@ template <class T, int N>
 INTERSTATE_INLINE Vec<T, N> fnma(const Vec<T, N>& a, const Vec<T, N>& b, const Vec<T, N>& c) {
     return {c.v - a.v * b.v};
 }
-/// NaN in b is ignored: a > b ? a : b picks b only where the comparison fails.
+/// a > b ? a : b: where a is NaN the result is b, where b is NaN it is NaN.
 template <class T, int N>
 INTERSTATE_INLINE Vec<T, N> max(const Vec<T, N>& a, const Vec<T, N>& b) {
     return {a.v > b.v ? a.v : b.v};

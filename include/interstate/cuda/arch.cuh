@@ -27,11 +27,14 @@
 #define INTERSTATE_ARCHS_4(a, b, c, d) _##a##_##b##_##c##_##d
 #define INTERSTATE_ARCHS_5(a, b, c, d, e) _##a##_##b##_##c##_##d##_##e
 #define INTERSTATE_ARCHS_6(a, b, c, d, e, f) _##a##_##b##_##c##_##d##_##e##_##f
-#define INTERSTATE_ARCHS_7(a, b, c, d, e, f, g, ...) _##a##_##b##_##c##_##d##_##e##_##f##_##g##_more
-#define INTERSTATE_ARCHS_PICK(a, b, c, d, e, f, g, h, i, j, k, l, NAME, ...) NAME
+#define INTERSTATE_ARCHS_7(a, b, c, d, e, f, g) _##a##_##b##_##c##_##d##_##e##_##f##_##g
+#define INTERSTATE_ARCHS_8(a, ...) INTERSTATE_PASTE(_##a, INTERSTATE_ARCHS_7(__VA_ARGS__))
+#define INTERSTATE_ARCHS_9(a, b, ...) INTERSTATE_PASTE(_##a##_##b, INTERSTATE_ARCHS_7(__VA_ARGS__))
+#define INTERSTATE_ARCHS_10(a, b, c, ...) INTERSTATE_PASTE(_##a##_##b##_##c, INTERSTATE_ARCHS_7(__VA_ARGS__))
+#define INTERSTATE_ARCHS_PICK(a, b, c, d, e, f, g, h, i, j, NAME, ...) NAME
 #define INTERSTATE_ARCHS(...)                                                                                \
-    INTERSTATE_ARCHS_PICK(__VA_ARGS__, INTERSTATE_ARCHS_7, INTERSTATE_ARCHS_7, INTERSTATE_ARCHS_7,           \
-                          INTERSTATE_ARCHS_7, INTERSTATE_ARCHS_7, INTERSTATE_ARCHS_7, INTERSTATE_ARCHS_6,    \
+    INTERSTATE_ARCHS_PICK(__VA_ARGS__, INTERSTATE_ARCHS_10, INTERSTATE_ARCHS_9, INTERSTATE_ARCHS_8,          \
+                          INTERSTATE_ARCHS_7, INTERSTATE_ARCHS_6,                                            \
                           INTERSTATE_ARCHS_5, INTERSTATE_ARCHS_4, INTERSTATE_ARCHS_3, INTERSTATE_ARCHS_2,    \
                           INTERSTATE_ARCHS_1)                                                                \
     (__VA_ARGS__)
@@ -54,6 +57,9 @@ inline Status cuda_status(cudaError_t error, const char* what) {
     return Status::error(StatusCode::device_error, "%s: %s (%s)", what, cudaGetErrorName(error),
                          cudaGetErrorString(error));
 }
+
+/// An error that was there before a call, so that it is not taken for the call's own.
+inline Status pending_status() { return cuda_status(cudaPeekAtLastError(), "an earlier CUDA call, unchecked"); }
 
 /// Errors of the launch that was just made (asynchronous ones surface when the stream is synchronised).
 inline Status launch_status(const char* kernel) { return cuda_status(cudaPeekAtLastError(), kernel); }
