@@ -38,7 +38,7 @@ class Arena {
         if (base_ && misaligned) base_ += alignment - misaligned;
     }
 
-    /// Array of n elements; null while measuring, and null for none.
+    /// Array of n elements, which may be 0; null only while measuring.
     template <class T>
     T* take(Index n) {
         const std::size_t at = used_;
@@ -48,7 +48,7 @@ class Arena {
             used_ = limit;
         else
             used_ += (bytes + alignment - 1) / alignment * alignment;
-        return base_ && n > 0 ? reinterpret_cast<T*>(base_ + at) : nullptr;
+        return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
     }
 
     /// Bytes a caller must provide for what was taken so far, whatever its pointer's alignment.

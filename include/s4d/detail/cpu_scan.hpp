@@ -77,9 +77,9 @@ struct ScanLayout {
         const Index blocks = ceil_div(s.channels, W), modes = blocks * s.modes;
         const bool back = p == pass::backward;
         coefficient = arena.take<A>(modes * coefficients * W);
-        carry = arena.take<double>(carried<A> ? modes * carries * W : 0);
-        response = arena.take<A>(carried<A> ? modes * table_rows * W : 0);
-        response_dy = arena.take<A>(carried<A> && back ? modes * table_rows * W : 0);
+        carry = carried<A> ? arena.take<double>(modes * carries * W) : nullptr;
+        response = carried<A> ? arena.take<A>(modes * table_rows * W) : nullptr;
+        response_dy = carried<A> && back ? arena.take<A>(modes * table_rows * W) : nullptr;
         feedthrough = arena.take<A>(blocks * W);
         tiles_size = back ? (3 * tile_tokens + 2 * 2 * (tile_tokens + 1)) * W : 2 * tile_tokens * W;
         tiles = arena.take<A>(threads * tiles_size);
