@@ -1,4 +1,4 @@
-// The golden cases: every executor and dtype against results that Interstate had no part in. See
+// The golden cases: the reference and the CPU against results that Interstate had no part in. See
 // tests/golden/README.md. INTERSTATE_GOLDEN_DIR is where the files are.
 
 #include <gtest/gtest.h>
