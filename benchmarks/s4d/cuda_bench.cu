@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
-#include <string>
 
 #include <s4d/reference.hpp>
 #include <s4d/s4d.cuh>

@@ -58,7 +58,7 @@ Status forward(const cpu& requested, const Options& options, const Inputs<T, P>&
         INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
-    detail::scan_forward(exec, exec.isa, options, in, out, saved, ws);
+    detail::scan_forward(exec, options, in, out, saved, ws);
     return {};
 }
 
@@ -75,7 +75,7 @@ Status backward(const cpu& requested, const Options& options, const Inputs<T, P>
     INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
-    detail::scan_backward(exec, exec.isa, options, in, saved, upstream, grads, ws);
+    detail::scan_backward(exec, options, in, saved, upstream, grads, ws);
     return {};
 }
 

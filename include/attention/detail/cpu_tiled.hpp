@@ -764,7 +764,7 @@ template <class T>
 void tiled_forward(const cpu& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out,
                    Workspace ws) {
     using Scratch = TiledScratch<acc_t<T>>;
-    const TiledCall<T> call{options, in, out, shape_of(in), simd::resolve(exec.isa)};
+    const TiledCall<T> call{options, in, out, shape_of(in), exec.isa};
     const auto piece = [&](Index b, Index h, const Sequence& q, Index first, Index last, const Scratch& w) {
         call.forward_piece(b, h, q, first, last, w);
     };
@@ -782,7 +782,7 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in
                     const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws) {
     using A = acc_t<T>;
     using Scratch = TiledScratch<A>;
-    TiledCall<T> call{options, in, out, shape_of(in), simd::resolve(exec.isa), upstream, grads};
+    TiledCall<T> call{options, in, out, shape_of(in), exec.isa, upstream, grads};
     const Shape& s = call.shape;
     Arena arena(ws.data);
     call.minus = TiledWorkspace<A>(arena, s, pass::backward).minus;
@@ -818,7 +818,7 @@ void cached_step(const cpu& exec, const Options& options, const State<T>& state,
                  const TokenOut<T>& out, Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(state, token);
-    const Isa isa = simd::resolve(exec.isa);
+    const Isa isa = exec.isa;
     const Index length = state.length, group = s.group();
     const Index ldk = padded(s.head_dim), ldv = padded(s.value_dim);
     const RowRange read = keys_read(options, length, length + 1);  // eq. 5

@@ -554,12 +554,13 @@ ScanTask<A> scan_task(const Inputs<T, P>& in, const Shape& s, const ScanLayout<A
             .lane_stride = size / std::max<Index>(2 * s.modes, 1)};
 }
 
+/// exec has been resolved.
 template <class T, class P>
-void scan_forward(const cpu& exec, Isa isa, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out,
+void scan_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out,
                   Saved saved, Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(in);
-    const Index W = simd::lanes<A>(isa), blocks = ceil_div(s.channels, W);
+    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W);
     Arena arena(ws.data);
     const ScanLayout<A> w(arena, s, pass::forward, thread_count(exec.threads), W);
     fill_tables<A>(options, in.params, w, W, exec.threads);
@@ -568,17 +569,17 @@ void scan_forward(const cpu& exec, Isa isa, const Options& options, const Inputs
     A* checkpoints = saved_arena.take<A>(checkpoint_count(s) * checkpoint_size(s));
     parallel_for(s.states() * blocks, exec.threads, [&](Index task, int worker) {
         simd::run_body<ForwardBody<T>>(
-            isa, typename ForwardBody<T>::Args{
+            exec.isa, typename ForwardBody<T>::Args{
                      in.u, in.x0, out, scan_task(in, s, w, checkpoints, W, task / blocks, task % blocks, worker)});
     });
 }
 
 template <class T, class P>
-void scan_backward(const cpu& exec, Isa isa, const Options& options, const Inputs<T, P>& in, Saved saved,
+void scan_backward(const cpu& exec, const Options& options, const Inputs<T, P>& in, Saved saved,
                    const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(in);
-    const Index W = simd::lanes<A>(isa), blocks = ceil_div(s.channels, W), N = s.modes;
+    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes;
     const Index groups = backward_groups(s);
     Arena arena(ws.data);
     const ScanLayout<A> w(arena, s, pass::backward, thread_count(exec.threads), W);
@@ -592,9 +593,10 @@ void scan_backward(const cpu& exec, Isa isa, const Options& options, const Input
     parallel_for(groups * blocks, exec.threads, [&](Index task, int worker) {
         for (Index i = task / blocks; i < s.states(); i += groups)
             simd::run_body<BackwardBody<T>>(
-                isa, typename BackwardBody<T>::Args{
+                exec.isa, typename BackwardBody<T>::Args{
                          in.u, upstream, grads.u, grads.x0,
-                         scan_task(in, s, w, checkpoints, W, i, task % blocks, worker), w.partial + task * partial_size, w.partial_D + task * W});
+                         scan_task(in, s, w, checkpoints, W, i, task % blocks, worker),
+                         w.partial + task * partial_size, w.partial_D + task * W});
     });
     parallel_for(s.channels, exec.threads, [&](Index h, int) {
         const Index block = h / W, lane = h % W;
