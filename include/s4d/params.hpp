@@ -14,8 +14,20 @@ namespace s4d {
 /// How the continuous system becomes a recurrence (docs/ops/s4d.md, eq. 2).
 enum class Discretization : std::uint8_t { zoh, bilinear };
 
-/// `automatic` takes the default of the executor; `which_kernel` says which that is.
-enum class Method : std::uint8_t { automatic, scan };
+/// How forward and backward are computed; all agree to rounding. `fft`: one long convolution. `scan`: the
+/// recurrence, token by token. `chunked`: matrix products within chunks, the recurrence between them.
+/// `automatic` takes the fastest that the executor has for a shape; `which_kernel` says which that is.
+enum class Method : std::uint8_t { automatic, fft, scan, chunked };
+
+constexpr const char* to_string(Method method) {
+    switch (method) {
+        case Method::automatic: return "automatic";
+        case Method::fft: return "fft";
+        case Method::scan: return "scan";
+        case Method::chunked: return "chunked";
+    }
+    return "?";
+}
 
 struct Options {
     Discretization disc = Discretization::zoh;
@@ -26,10 +38,11 @@ struct Options {
 inline Status set_option(Options& options, std::string_view name, std::string_view value) {
     if (name == "disc" && value == "zoh") return options.disc = Discretization::zoh, Status{};
     if (name == "disc" && value == "bilinear") return options.disc = Discretization::bilinear, Status{};
-    if (name == "method" && value == "automatic") return options.method = Method::automatic, Status{};
-    if (name == "method" && value == "scan") return options.method = Method::scan, Status{};
+    if (name == "method")
+        for (const Method method : {Method::automatic, Method::fft, Method::scan, Method::chunked})
+            if (value == to_string(method)) return options.method = method, Status{};
     return Status::error(StatusCode::invalid_argument,
-                         "option %.*s=%.*s: s4d takes disc=zoh|bilinear, method=automatic|scan",
+                         "option %.*s=%.*s: s4d takes disc=zoh|bilinear, method=automatic|fft|scan|chunked",
                          static_cast<int>(name.size()), name.data(), static_cast<int>(value.size()), value.data());
 }
 
@@ -57,6 +70,7 @@ struct BasicParams {
     View<Pc, 2> B{};          // (H, N) complex
     View<Pc, 2> C{};          // (H, N) complex
     View<P, 1> D{};           // (H), optional: absent is zero
+    View<Pc, 2> C_reverse{};  // (H, N) complex, optional: makes the layer bidirectional (eq. 12)
 };
 template <class P>
 using Params = BasicParams<const P, const complex<P>>;
@@ -101,6 +115,16 @@ struct Discrete {
     View<const P, 1> D{};             // (H), optional: absent is zero
 };
 
+/// What `generate_kernel` reads and its backward writes: sizes are those of K (H, L).
+template <class A, class P>
+Shape shape_of(const Params<P>& params, const View<A, 2>& K) {
+    return {.dtype = dtype_of<A>,
+            .batch = 1,
+            .length = K.extent[1],
+            .channels = K.extent[0],
+            .modes = params.log_neg_re.extent[1]};
+}
+
 /// Decoding, one token for every batch row.
 template <class A>
 struct State {
@@ -125,6 +149,7 @@ void visit_params(Ps& p, const Shape& s, Need need, F&& f) {
     f("B", p.B, {s.channels, s.modes}, need);
     f("C", p.C, {s.channels, s.modes}, need);
     f("D", p.D, {s.channels}, Need::optional);
+    f("C_reverse", p.C_reverse, {s.channels, s.modes}, Need::optional);
 }
 template <class T, class P, class F>
 void visit(Inputs<T, P>& in, const Shape& s, F&& f) {
@@ -205,6 +230,28 @@ Status validate(const Inputs<T, P>& in, const Upstream<T>& upstream, const Grads
     INTERSTATE_RETURN_IF_ERROR(validate(in));
     INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape_of(in)));
     return check_tensors(grads, shape_of(in));
+}
+
+/// K (H, L) is f32 or f64; D and C_reverse are not read.
+template <class A, class P>
+Status validate(const Params<P>& params, const View<A, 2>& K) {
+    static_assert(std::is_same_v<std::remove_const_t<A>, float> || std::is_same_v<std::remove_const_t<A>, double>,
+                  "interstate: the kernel K is f32 or f64");
+    const Shape shape = shape_of(params, K);
+    INTERSTATE_RETURN_IF_ERROR(validate(shape));
+    CheckTensors check;
+    auto tensors = params;
+    visit_params(tensors, shape, Need::required, check);
+    check("K", K, {shape.channels, shape.length}, Need::required);
+    return check.status;
+}
+template <class A, class P>
+Status validate(const Params<P>& params, const View<const A, 2>& dK, const BasicParams<P, complex<P>>& grads) {
+    INTERSTATE_RETURN_IF_ERROR(validate(params, dK));
+    CheckTensors check;
+    auto tensors = grads;
+    visit_params(tensors, shape_of(params, dK), Need::optional, check);
+    return check.status;
 }
 
 template <class P>

@@ -16,13 +16,17 @@ struct ReferenceLayout {
     c64* dAbar;      // (N)
     c64* dBbar;      // (N)
     c64* dC;         // (N)
+    c64* dC_reverse; // (N)
+    double* sum;     // (L): y, or du, before it is rounded to storage
     ReferenceLayout(Arena& arena, const Shape& s, pass p)
         : mode(arena.take<Mode>(s.modes)),
           x(arena.take<c64>((p == pass::backward ? s.length + 1 : 1) * s.modes)),
           g(arena.take<c64>(s.modes)),
           dAbar(arena.take<c64>(s.modes)),
           dBbar(arena.take<c64>(s.modes)),
-          dC(arena.take<c64>(s.modes)) {}
+          dC(arena.take<c64>(s.modes)),
+          dC_reverse(arena.take<c64>(s.modes)),
+          sum(arena.take<double>(s.length)) {}
 };
 
 /// Sets the rows that belong to no packed sequence to zero, in any executor on the host.
@@ -87,16 +91,25 @@ Status forward(reference exec, const Options& options, const Inputs<T, P>& in, c
                     w.x[n] = w.mode[n].Abar * w.x[n] + u * w.mode[n].Bbar;        // eq. 3
                     y += 2.0 * (cast<double>(in.params.C(h, n)) * w.x[n]).re;     // eq. 4
                 }
-                out.y(b, t, h) = T(y);
+                w.sum[t - rows.begin] = y;
             }
             if (out.xT)
                 for (Index n = 0; n < s.modes; ++n) out.xT(i, h, n) = cast<acc_t<T>>(w.x[n]);
+            if (in.params.C_reverse) {
+                for (Index n = 0; n < s.modes; ++n) w.x[n] = {};
+                for (Index t = rows.end - 1; t >= rows.begin; --t)
+                    for (Index n = 0; n < s.modes; ++n) {
+                        w.sum[t - rows.begin] += 2.0 * (cast<double>(in.params.C_reverse(h, n)) * w.x[n]).re;  // eq. 12
+                        w.x[n] = w.mode[n].Abar * w.x[n] + static_cast<double>(in.u(b, t, h)) * w.mode[n].Bbar;
+                    }
+            }
+            for (Index t = rows.begin; t < rows.end; ++t) out.y(b, t, h) = T(w.sum[t - rows.begin]);
         }
     }
     return {};
 }
 
-/// Eq. 6 to 10.
+/// Eq. 6 to 10, and 13 where the layer is bidirectional.
 template <class T, class P>
 Status backward(reference exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>&, Saved,
                 const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
@@ -114,7 +127,7 @@ Status backward(reference exec, const Options& options, const Inputs<T, P>& in, 
     for (Index h = 0; h < s.channels; ++h) {
         for (Index n = 0; n < N; ++n) {
             w.mode[n] = detail::mode_at(options.disc, in.params, h, n);
-            w.dAbar[n] = w.dBbar[n] = w.dC[n] = {};
+            w.dAbar[n] = w.dBbar[n] = w.dC[n] = w.dC_reverse[n] = {};
         }
         const double D = in.params.D ? in.params.D(h) : 0.0;
         double dD = 0.0;
@@ -142,10 +155,33 @@ Status backward(reference exec, const Options& options, const Inputs<T, P>& in, 
                     du += dot(w.mode[n].Bbar, w.g[n]);                        // eq. 7
                     w.g[n] = conj(w.mode[n].Abar) * w.g[n];                   // eq. 6
                 }
-                if (grads.u) grads.u(b, rows.begin + t, h) = T(du);
+                w.sum[t] = du;
             }
             if (grads.x0)
                 for (Index n = 0; n < N; ++n) grads.x0(i, h, n) = cast<acc_t<T>>(w.g[n]);
+            if (in.params.C_reverse) {
+                // x[t] in memory is the state after token t of the reversed recurrence, x[length] is zero.
+                const Index length = rows.end - rows.begin;
+                for (Index n = 0; n < N; ++n) w.x[length * N + n] = w.g[n] = {};
+                for (Index t = length - 1; t >= 0; --t)
+                    for (Index n = 0; n < N; ++n)
+                        w.x[t * N + n] = w.mode[n].Abar * w.x[(t + 1) * N + n] +
+                                         static_cast<double>(in.u(b, rows.begin + t, h)) * w.mode[n].Bbar;
+                for (Index t = 0; t < length; ++t) {
+                    const double u = in.u(b, rows.begin + t, h);
+                    const double dy = upstream.y(b, rows.begin + t, h);
+                    for (Index n = 0; n < N; ++n) {
+                        const c64 C = cast<double>(in.params.C_reverse(h, n));
+                        w.dC_reverse[n] += (2.0 * dy) * conj(w.x[(t + 1) * N + n]);  // eq. 13
+                        w.dBbar[n] += u * w.g[n];
+                        w.dAbar[n] += w.g[n] * conj(w.x[(t + 1) * N + n]);
+                        w.sum[t] += dot(w.mode[n].Bbar, w.g[n]);
+                        w.g[n] = conj(w.mode[n].Abar) * w.g[n] + (2.0 * dy) * conj(C);
+                    }
+                }
+            }
+            if (grads.u)
+                for (Index t = rows.begin; t < rows.end; ++t) grads.u(b, t, h) = T(w.sum[t - rows.begin]);
         }
         double dlog_dt = 0.0;
         for (Index n = 0; n < N; ++n) {
@@ -156,9 +192,65 @@ Status backward(reference exec, const Options& options, const Inputs<T, P>& in, 
             if (grads.params.im) grads.params.im(h, n) = static_cast<P>(g.im);
             if (grads.params.B) grads.params.B(h, n) = cast<P>(g.B);
             if (grads.params.C) grads.params.C(h, n) = cast<P>(w.dC[n]);
+            if (grads.params.C_reverse) grads.params.C_reverse(h, n) = cast<P>(w.dC_reverse[n]);
         }
         if (grads.params.log_dt) grads.params.log_dt(h) = static_cast<P>(dlog_dt);
         if (grads.params.D) grads.params.D(h) = static_cast<P>(dD);
+    }
+    return {};
+}
+
+/// `generate_kernel` and its backward need no workspace on the reference.
+inline std::size_t generate_kernel_workspace_size(reference, const Options&, const Shape&, pass) { return 0; }
+
+/// The Vandermonde kernel K[h,l] = 2 Re sum_n C Bbar Abar^l (eq. 14), K (H, L) in f32 or f64.
+template <class A, class P>
+Status generate_kernel(reference, const Options& options, const Params<P>& params, const View<A, 2>& K, Workspace) {
+    INTERSTATE_RETURN_IF_ERROR(validate(params, K));
+    for (Index h = 0; h < K.extent[0]; ++h) {
+        for (Index l = 0; l < K.extent[1]; ++l) K(h, l) = A(0);
+        for (Index n = 0; n < params.log_neg_re.extent[1]; ++n) {
+            const auto mode = detail::mode_at(options.disc, params, h, n);
+            const auto CB = 2.0 * (cast<double>(params.C(h, n)) * mode.Bbar);
+            detail::c64 power{1.0, 0.0};
+            for (Index l = 0; l < K.extent[1]; ++l, power = power * mode.Abar)
+                K(h, l) = static_cast<A>(static_cast<double>(K(h, l)) + (CB * power).re);
+        }
+    }
+    return {};
+}
+
+/// Gradients of the parameters from dK (H, L) (eq. 15); those of D and C_reverse, which K does not
+/// depend on, are set to zero.
+template <class A, class P>
+Status generate_kernel_backward(reference, const Options& options, const Params<P>& params, const View<const A, 2>& dK,
+                                const BasicParams<P, complex<P>>& grads, Workspace) {
+    INTERSTATE_RETURN_IF_ERROR(validate(params, dK, grads));
+    using detail::c64;
+    for (Index h = 0; h < dK.extent[0]; ++h) {
+        double dlog_dt = 0.0;
+        for (Index n = 0; n < params.log_neg_re.extent[1]; ++n) {
+            const auto mode = detail::mode_at(options.disc, params, h, n);
+            c64 power{1.0, 0.0}, previous{}, sum{}, slope{};  // sum_l dK Abar^l and its derivative in Abar
+            for (Index l = 0; l < dK.extent[1]; ++l) {
+                const double g = dK(h, l);
+                sum += g * power;
+                slope += (g * static_cast<double>(l)) * previous;
+                previous = power;
+                power = power * mode.Abar;
+            }
+            const c64 C = cast<double>(params.C(h, n));
+            const auto g = detail::discretize_backward(options.disc, mode, cast<double>(params.B(h, n)),
+                                                       2.0 * conj(C * mode.Bbar * slope), 2.0 * conj(C * sum));
+            dlog_dt += g.log_dt;
+            if (grads.log_neg_re) grads.log_neg_re(h, n) = static_cast<P>(g.log_neg_re);
+            if (grads.im) grads.im(h, n) = static_cast<P>(g.im);
+            if (grads.B) grads.B(h, n) = cast<P>(g.B);
+            if (grads.C) grads.C(h, n) = cast<P>(2.0 * conj(mode.Bbar * sum));
+            if (grads.C_reverse) grads.C_reverse(h, n) = {};
+        }
+        if (grads.log_dt) grads.log_dt(h) = static_cast<P>(dlog_dt);
+        if (grads.D) grads.D(h) = P(0);
     }
     return {};
 }

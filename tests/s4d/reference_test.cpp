@@ -60,11 +60,111 @@ TEST(S4dReference, EqualsConvolutionWithTheVandermondeKernel) {
     }
 }
 
+/// y[t] gains 2 Re sum_n C_reverse Bbar Abar^(s-t-1) u[s] over s > t, as S4 pads its second kernel.
+TEST(S4dReference, BidirectionalAddsTheReversedKernel) {
+    const Index L = 11, H = 2, N = 3;
+    Case c = make({.batch = 2, .length = L, .channels = H, .modes = N, .bidirectional = true}, 5);
+    Case both = run(c);
+    const auto reverse = c.tensors.at("C_reverse");
+    c.tensors.erase("C_reverse");
+    Case causal = run(c);
+    for (Index b = 0; b < 2; ++b)
+        for (Index h = 0; h < H; ++h)
+            for (Index t = 0; t < L; ++t) {
+                const Index at = (b * L + t) * H + h;
+                double y = values(causal, "out.y")[at];
+                for (Index n = 0; n < N; ++n) {
+                    const Index i = h * N + n;
+                    const double dt = std::exp(values(c, "log_dt")[h]);
+                    const Cd A{-std::exp(values(c, "log_neg_re")[i]), values(c, "im")[i]};
+                    const Cd Abar = std::exp(dt * A);
+                    const Cd Bbar = (Abar - 1.0) / A * Cd{values(c, "B")[2 * i], values(c, "B")[2 * i + 1]};
+                    const Cd C{reverse.values[2 * i], reverse.values[2 * i + 1]};
+                    for (Index s = t + 1; s < L; ++s)
+                        y += 2.0 * (C * Bbar * std::pow(Abar, static_cast<double>(s - t - 1))).real() *
+                             values(c, "u")[(b * L + s) * H + h];
+                }
+                EXPECT_NEAR(values(both, "out.y")[at], y, 1e-11);
+            }
+    EXPECT_EQ(values(both, "out.xT"), values(causal, "out.xT"));
+}
+
+/// K from its formula, and its backward against finite differences.
+TEST(S4dReference, KernelGenerationAndItsBackward) {
+    const Index L = 13, H = 2, N = 3;
+    for (const auto disc : {Discretization::zoh, Discretization::bilinear}) {
+        Case c = make({.length = 1, .channels = H, .modes = N}, 9);
+        const s4d::Options options{.disc = disc};
+        const auto complexes = [&](const char* name) {
+            return view(reinterpret_cast<const complex<double>*>(values(c, name).data()), {H, N});
+        };
+        const auto generate = [&] {
+            std::vector<double> K(H * L);
+            const s4d::Params<double> p{.log_dt = view(std::as_const(values(c, "log_dt")).data(), {H}),
+                                        .log_neg_re = view(std::as_const(values(c, "log_neg_re")).data(), {H, N}),
+                                        .im = view(std::as_const(values(c, "im")).data(), {H, N}),
+                                        .B = complexes("B"),
+                                        .C = complexes("C")};
+            EXPECT_TRUE(generate_kernel(reference{}, options, p, view(K.data(), {H, L}), Workspace{}).ok());
+            return std::pair{K, p};
+        };
+        const auto [K, params] = generate();
+        Random r(3);
+        const HostTensor dK = r.normal({H, L});
+        for (Index h = 0; h < H; ++h)
+            for (Index l = 0; l < L; ++l) {
+                double want = 0.0;
+                for (Index n = 0; n < N; ++n) {
+                    const auto m = s4d::detail::mode_at(disc, params, h, n);
+                    const auto C = params.C(h, n);
+                    want += 2.0 * (Cd{C.re, C.im} * Cd{m.Bbar.re, m.Bbar.im} *
+                                   std::pow(Cd{m.Abar.re, m.Abar.im}, static_cast<double>(l))).real();
+                }
+                EXPECT_NEAR(K[h * L + l], want, 1e-12);
+            }
+        std::map<std::string, HostTensor> grad{{"log_dt", {{H}, std::vector<double>(H)}}};
+        for (const char* name : {"log_neg_re", "im"}) grad[name] = {{H, N}, std::vector<double>(H * N)};
+        for (const char* name : {"B", "C"}) grad[name] = {{H, N, 2}, std::vector<double>(H * N * 2)};
+        const auto out = [&](const char* name) {
+            return view(reinterpret_cast<complex<double>*>(grad[name].values.data()), {H, N});
+        };
+        ASSERT_TRUE(generate_kernel_backward(reference{}, options, params, view(dK.values.data(), {H, L}),
+                                             {.log_dt = view(grad["log_dt"].values.data(), {H}),
+                                              .log_neg_re = view(grad["log_neg_re"].values.data(), {H, N}),
+                                              .im = view(grad["im"].values.data(), {H, N}),
+                                              .B = out("B"),
+                                              .C = out("C")},
+                                             Workspace{})
+                        .ok());
+        const auto loss = [&] {
+            const std::vector<double> K = generate().first;
+            double sum = 0.0;
+            for (std::size_t i = 0; i < K.size(); ++i) sum += K[i] * dK.values[i];
+            return sum;
+        };
+        for (const auto& [name, analytic] : grad) {
+            HostTensor numeric = analytic;
+            for (std::size_t i = 0; i < numeric.values.size(); ++i) {
+                double& x = values(c, name)[i];
+                const double before = x, step = 1e-5;
+                x = before + step;
+                const double up = loss();
+                x = before - step;
+                numeric.values[i] = (up - loss()) / (2 * step);
+                x = before;
+            }
+            const TensorError e = compare(name, analytic, numeric);
+            EXPECT_TRUE(e.finite);
+            EXPECT_LT(e.relative, 1e-8) << name;
+        }
+    }
+}
+
 /// Loss = <dout, out>; every gradient against central differences.
 TEST(S4dReference, GradientsMatchFiniteDifferences) {
     for (const auto disc : {Discretization::zoh, Discretization::bilinear})
-        for (const bool packed : {false, true}) {
-            S4dCase o{.batch = packed ? 1 : 2, .length = 9, .channels = 2, .modes = 3};
+        for (const auto& [packed, bidirectional] : {std::pair{false, false}, std::pair{true, false}, std::pair{true, true}}) {
+            S4dCase o{.batch = packed ? 1 : 2, .length = 9, .channels = 2, .modes = 3, .bidirectional = bidirectional};
             if (packed) o.cu_seqlens = {1, 4, 4, 8};
             const Case c = make(o, 7);
             Case got = run(c, {.disc = disc});
@@ -79,7 +179,8 @@ TEST(S4dReference, GradientsMatchFiniteDifferences) {
                 return sum;
             };
             int compared = 0;
-            for (const char* name : {"u", "log_dt", "log_neg_re", "im", "B", "C", "D", "x0"}) {
+            for (const char* name : {"u", "log_dt", "log_neg_re", "im", "B", "C", "C_reverse", "D", "x0"}) {
+                if (!c.tensors.contains(name)) continue;
                 HostTensor numeric = c.tensors.at(name);
                 for (std::size_t i = 0; i < numeric.values.size(); ++i) {
                     const double step = 1e-5;

@@ -12,6 +12,7 @@ struct S4dCase {
     std::vector<double> cu_seqlens = {};  // packed where not empty
     bool initial_state = true, feedthrough = true, upstream = true;
     double decay = 0.5;  // -Re A
+    bool bidirectional = false;
 };
 
 inline Case make(const S4dCase& o, std::uint64_t seed) {
@@ -27,6 +28,7 @@ inline Case make(const S4dCase& o, std::uint64_t seed) {
     t["im"] = r.uniform({H, N}, 0.0, std::numbers::pi * static_cast<double>(N));
     t["B"] = r.normal({H, N, 2});
     t["C"] = r.normal({H, N, 2});
+    if (o.bidirectional) t["C_reverse"] = r.normal({H, N, 2});
     if (o.feedthrough) t["D"] = r.normal({H});
     if (o.initial_state) t["x0"] = r.normal({states, H, N, 2});
     if (!o.cu_seqlens.empty()) t["cu_seqlens"] = {{states + 1}, o.cu_seqlens};
