@@ -8,6 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <interstate/cuda/mma.cuh>
+
 namespace interstate::bench {
 
 inline void check(cudaError_t e, const char* what) {
@@ -97,6 +99,34 @@ inline double fma_tflops() {
     const double ms = milliseconds([&] { fma_peak_kernel<unrolled><<<blocks, threads>>>(out.data(), iterations); });
     check(cudaGetLastError(), "fma_peak_kernel");
     return 2.0 * blocks * threads * static_cast<double>(iterations) * unrolled / ms * 1e-9;
+}
+
+template <int chains>
+__global__ void mma_peak_kernel(float* out, int iterations) {
+    device::Factors<float, device::Precision::rounded, 4> a;
+    device::Factors<float, device::Precision::rounded, 2> b;
+    for (int i = 0; i < 4; ++i) a.set(i, static_cast<float>(threadIdx.x + i));
+    for (int i = 0; i < 2; ++i) b.set(i, static_cast<float>(threadIdx.x - i));
+    float c[chains][4] = {};
+    for (int i = 0; i < iterations; ++i)
+#pragma unroll
+        for (int j = 0; j < chains; ++j) device::multiply_add(c[j], a, b);
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < chains; ++j) sum += c[j][0] + c[j][1] + c[j][2] + c[j][3];
+    if (sum == 12345.0f) *out = sum;  // keeps the work from being dropped
+}
+
+/// TFLOP/s of mma.sync m16n8k8 in tf32 from registers: this run's tensor-core ceiling for float.
+inline double mma_tf32_tflops() {
+    cudaDeviceProp device;
+    check(cudaGetDeviceProperties(&device, 0), "device");
+    constexpr int chains = 8, iterations = 4096, threads = 512;
+    const int blocks = device.multiProcessorCount * 2;
+    DeviceArray<float> out(1);
+    const double ms = milliseconds([&] { mma_peak_kernel<chains><<<blocks, threads>>>(out.data(), iterations); });
+    check(cudaGetLastError(), "mma_peak_kernel");
+    return 2048.0 * blocks * (threads / 32) * static_cast<double>(iterations) * chains / ms * 1e-9;
 }
 
 }  // namespace interstate::bench

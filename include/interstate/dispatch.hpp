@@ -31,6 +31,6 @@ auto dispatch_dtype(DType dtype, F&& f) {
     return f(f32{});
 }
 
-constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
+INTERSTATE_HD constexpr Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
 }  // namespace interstate::inline INTERSTATE_ABI

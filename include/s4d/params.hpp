@@ -54,10 +54,11 @@ struct Shape {
     Index channels = 0;   // H
     Index modes = 0;      // N, complex modes a channel (real state size 2N)
     Index sequences = -1; // S
+    bool bidirectional = false;  // C_reverse is there
 
-    constexpr bool packed() const { return sequences >= 0; }
+    INTERSTATE_HD constexpr bool packed() const { return sequences >= 0; }
     /// How many independent recurrences a channel runs: S, or B.
-    constexpr Index states() const { return packed() ? sequences : batch; }
+    INTERSTATE_HD constexpr Index states() const { return packed() ? sequences : batch; }
 };
 
 /// The continuous parameters (eq. 1), for input (const P) and, mutable, for gradients.
@@ -182,7 +183,8 @@ Shape shape_of(const Inputs<T, P>& in) {
             .length = in.u.extent[1],
             .channels = in.u.extent[2],
             .modes = in.params.log_neg_re.extent[1],
-            .sequences = in.cu_seqlens ? in.cu_seqlens.extent[0] - 1 : -1};
+            .sequences = in.cu_seqlens ? in.cu_seqlens.extent[0] - 1 : -1,
+            .bidirectional = static_cast<bool>(in.params.C_reverse)};
 }
 
 /// Shape of a decoding step, for its workspace.
@@ -292,7 +294,7 @@ struct Operator {
     template <class T, class P>
     using Grads = s4d::Grads<T, P>;
     template <class Exec>
-    static constexpr bool has_backward = !std::is_same_v<Exec, cuda>;
+    static constexpr bool has_backward = true;
     template <class T, class P>
     static Status validate_inputs(const Options&, const Inputs<T, P>& in) {
         return validate(in);

@@ -1,0 +1,19 @@
+// Copies from global to shared memory that a thread starts and waits for later (cp.async).
+#pragma once
+
+#include <interstate/cuda/arch.cuh>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace device {
+
+/// Starts a copy of 16 bytes, both sides aligned to 16; zeros where not `inside` (`from` is then not read).
+__device__ inline void copy_async_16(void* shared, const void* from, bool inside) {
+    const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+
+/// Waits for every copy that this thread has started; other threads see them after a barrier.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+}  // namespace device
+}  // namespace interstate::inline INTERSTATE_ABI
