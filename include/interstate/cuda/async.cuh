@@ -12,6 +12,13 @@ __device__ inline void copy_async_16(void* shared, const void* from, bool inside
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
 
+/// Starts a copy of 8 or 16 bytes, both sides aligned to as many.
+template <int bytes>
+__device__ inline void copy_async(void* shared, const void* from) {
+    const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(bytes) : "memory");
+}
+
 /// Waits for every copy that this thread has started; other threads see them after a barrier.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -19,7 +19,8 @@ namespace device {
 /// double are double.
 enum class Precision { exact, rounded };
 
-/// n factors of a product as the tensor cores take them.
+/// n factors of a product as the tensor cores take them. `set` takes any number, `set_representable` one that
+/// `rounded` need not round (16-bit storage, or the result of `representable`).
 template <class A, Precision precision, int n>
 struct Factors;
 
@@ -27,6 +28,7 @@ template <Precision precision, int n>
 struct Factors<double, precision, n> {
     double value[n];
     __device__ void set(int i, double x) { value[i] = x; }
+    __device__ void set_representable(int i, double x) { value[i] = x; }
     /// Takes element j of factors that have been made already.
     template <int m>
     __device__ void take(int i, const Factors<double, precision, m>& from, int j) {
@@ -38,6 +40,7 @@ template <int n>
 struct Factors<float, Precision::rounded, n> {
     std::uint32_t value[n];
     __device__ void set(int i, float x) { asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(value[i]) : "f"(x)); }
+    __device__ void set_representable(int i, float x) { value[i] = __float_as_uint(x); }
     template <int m>
     __device__ void take(int i, const Factors<float, Precision::rounded, m>& from, int j) {
         value[i] = from.value[j];
@@ -52,12 +55,25 @@ struct Factors<float, Precision::exact, n> {
         high[i] = __float_as_uint(x) & 0xffffe000u;
         low[i] = __float_as_uint(x - __uint_as_float(high[i]));
     }
+    __device__ void set_representable(int i, float x) { set(i, x); }
     template <int m>
     __device__ void take(int i, const Factors<float, Precision::exact, m>& from, int j) {
         high[i] = from.high[j];
         low[i] = from.low[j];
     }
 };
+
+/// The number that `rounded` would make of x, once and for all.
+template <Precision precision, class A>
+__device__ A representable(A x) {
+    if constexpr (precision == Precision::rounded && sizeof(A) == 4) {
+        std::uint32_t bits;
+        asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+        return __uint_as_float(bits);
+    } else {
+        return x;
+    }
+}
 
 __device__ inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"

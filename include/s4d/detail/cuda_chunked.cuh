@@ -103,18 +103,19 @@ __device__ void put(A* p, complex<A> z) {
 }
 
 /// Fills one mode's part of a channel's tables, and adds its part of K[1..15].
-template <class A>
+template <device::Precision precision, class A>
 __device__ void fill_mode(A* table, const ChunkTables& at, int n, const SystemMode& m, double (&K)[chunk_tokens]) {
     const int group = n / 4, mode = n % 4;
     c64 power{1.0, 0.0};
     for (int l = 0; l < chunk_tokens; ++l) {
         const c64 v = power * m.beta, w = power * m.gamma;
         A* V = table + at.V(group) + 2 * mode * chunk_tokens + V_at(chunk_tokens - 1 - l);
-        V[0] = static_cast<A>(v.re);
-        V[chunk_tokens] = static_cast<A>(v.im);
+        const auto factor = [](double x) { return device::representable<precision>(static_cast<A>(x)); };
+        V[0] = factor(v.re);
+        V[chunk_tokens] = factor(v.im);
         A* M = table + at.M(group) + (l % 8 * 4 + mode) * 4 + 2 * (l / 8);
-        M[0] = static_cast<A>(w.re);
-        M[1] = static_cast<A>(-w.im);
+        M[0] = factor(w.re);
+        M[1] = factor(-w.im);
         if (l + 1 < chunk_tokens) K[l + 1] += (v * m.gamma).re;
         power = power * m.A;
     }
@@ -141,7 +142,7 @@ __device__ void fill_mode(A* table, const ChunkTables& at, int n, const SystemMo
 
 /// One block a channel, one thread a mode: the tables of a half's system and, where asked for, of the
 /// exchanged one. `modes` may be null.
-template <class A, class P>
+template <class T, class P, class A = acc_t<T>>
 __global__ void __launch_bounds__(max_chunked_modes)
     chunk_tables_kernel(Discretization disc, Params<P> p, Half half, Index N, SystemMode* modes, A* tables, A* exchanged) {
     const Index h = blockIdx.x;
@@ -154,9 +155,9 @@ __global__ void __launch_bounds__(max_chunked_modes)
             m = system_mode(disc, p, half, h, n, K[0]);
             modes[h * N + n] = m;
         }
-        fill_mode(tables + h * at.size(), at, n, m, K);
+        fill_mode<precision_of<T>>(tables + h * at.size(), at, n, m, K);
         double unused[chunk_tokens] = {};
-        if (exchanged) fill_mode(exchanged + h * at.size(), at, n, {m.A, m.gamma, m.beta}, unused);
+        if (exchanged) fill_mode<precision_of<T>>(exchanged + h * at.size(), at, n, {m.A, m.gamma, m.beta}, unused);
     }
     if (n == 0 && half == Half::causal && p.D) K[0] += static_cast<double>(p.D(h));
     __shared__ double sums[max_chunked_modes / 32][chunk_tokens];
@@ -168,18 +169,25 @@ __global__ void __launch_bounds__(max_chunked_modes)
     if (n < chunk_tokens) {
         double sum = 0.0;
         for (int warp = 0; warp < max_chunked_modes / 32; ++warp) sum += sums[warp][n];
-        tables[h * at.size() + at.K() + n] = static_cast<A>(sum);
-        if (exchanged) exchanged[h * at.size() + at.K() + n] = static_cast<A>(sum);
+        const A K_n = device::representable<precision_of<T>>(static_cast<A>(sum));
+        tables[h * at.size() + at.K() + n] = K_n;
+        if (exchanged) exchanged[h * at.size() + at.K() + n] = K_n;
     }
 }
 
-/// A lane's place: `group` picks the row of a fragment, `quad` the column pair (cuda/mma.cuh).
+/// Who a thread is, read once: the compiler would read the special register again wherever it is wanted, and
+/// wait for it. `group` picks the row of a fragment, `quad` the column pair (cuda/mma.cuh).
 struct Lane {
-    int group, quad;
-    __device__ Lane() : group(static_cast<int>(threadIdx.x % 32) / 4), quad(static_cast<int>(threadIdx.x % 4)) {}
+    int thread, index, group, quad;
+    __device__ Lane() {
+        asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+        index = thread % 32;
+        group = index / 4;
+        quad = index % 4;
+    }
 };
 
-/// The rows of a tile in the order of processing: where the first one is, and the stride to the next.
+/// The rows of a tile in the order of processing: where the first one is, and the way to the next.
 struct TileRows {
     Index batch, row;
     int direction;
@@ -194,14 +202,13 @@ struct TileRows {
     __device__ Index stride(const View<T, 3>& x) const {
         return direction * x.stride[1];
     }
+    /// On to the tile that follows one of `count` tokens.
+    __device__ void advance(int count) { row += direction * count; }
 };
-
-/// Where the loads of the next tile wait: in registers, or in shared memory.
-enum class Wait { in_registers, in_shared };
 
 /// What a thread moves between memory and the tile, 16 elements. Where memory allows, 16 bytes at once: the
 /// neighbouring channels of one token; else single elements.
-template <class T, Interleave order, Wait wait = Wait::in_registers>
+template <class T, Interleave order>
 struct TileMover {
     static constexpr int V = 16 / static_cast<int>(sizeof(T)), passes = 16 / V;
     static constexpr int units = block_channels<T> / V;           // of 16 bytes a token
@@ -209,13 +216,12 @@ struct TileMover {
     struct alignas(16) Unit {
         T x[V];
     };
-    static constexpr int held_count = wait == Wait::in_registers ? passes : 1;
-    Unit held[held_count];
-    Unit* staging;  // in shared memory, `passes` a thread
-    int G;
+    static constexpr int staging_bytes = tile_tokens * static_cast<int>(sizeof(T));  // a channel
+    Unit* staging;  // in shared memory, `passes` a thread: where the next tile waits
+    int G, thread;
 
-    __device__ explicit TileMover(int channels, void* shared = nullptr)
-        : staging(static_cast<Unit*>(shared) + threadIdx.x), G(channels) {}
+    __device__ TileMover(int channels, Lane lane, void* shared)
+        : staging(static_cast<Unit*>(shared) + lane.thread), G(channels), thread(lane.thread) {}
 
     /// May channels h0 .. h0 + G of x be moved 16 bytes at once?
     __device__ bool wide(const View<T, 3>& x, Index h0, Index H) const {
@@ -227,10 +233,10 @@ struct TileMover {
     }
 
     // Wide: thread = (token, unit), and `passes` tokens. Narrow: thread = (token, channel), every 32nd token.
-    __device__ int unit() const { return static_cast<int>(threadIdx.x) % units; }
-    __device__ int token() const { return static_cast<int>(threadIdx.x) / units; }
-    __device__ int narrow_channel() const { return static_cast<int>(threadIdx.x) % G; }
-    __device__ int narrow_token() const { return static_cast<int>(threadIdx.x) / G; }
+    __device__ int unit() const { return thread % units; }
+    __device__ int token() const { return thread / units; }
+    __device__ int narrow_channel() const { return thread % G; }
+    __device__ int narrow_token() const { return thread / G; }
     /// The tile's element of the thread's token of pass i, first channel.
     __device__ int wide_at(int i) const {
         // A pass is a multiple of four pairs of chunks, so that the swizzle stays, but in float64.
@@ -244,31 +250,29 @@ struct TileMover {
         return narrow_channel() * tile_stride + tile_at<order>(t / chunk_tokens, t % chunk_tokens);
     }
 
-    /// Starts the loads of a tile, which fly while the one before it is computed; only wide ones do.
-    __device__ void start(const View<const T, 3>& x, bool is_wide, const TileRows& rows, Index h0, int count) {
-        if (!is_wide) return;
-        const T* p = rows.at(x, token(), h0 + unit() * V);
-        const Index step = rows.stride(x) * pass_tokens;
+    /// The thread's first unit of a tile.
+    template <class U>
+    __device__ U* at(const View<U, 3>& x, const TileRows& rows, Index h0) const {
+        return rows.at(x, token(), h0 + unit() * V);
+    }
+    /// Starts the wide loads of a tile from p = at(...), which fly while the one before it is computed.
+    __device__ void start(const T* p, Index stride, int count) {
+        const T* const readable = p;
+        const Index step = stride * pass_tokens;
 #pragma unroll
         for (int i = 0; i < passes; ++i, p += step) {
             const bool inside = token() + i * pass_tokens < count;
-            if constexpr (wait == Wait::in_shared) {
-                device::copy_async_16(staging + i * static_cast<int>(blockDim.x), inside ? p : x.data, inside);
-            } else {
-                held[i] = Unit{};
-                if (inside) held[i] = *reinterpret_cast<const Unit*>(p);
-            }
+            device::copy_async_16(staging + i * 32 * G, inside ? p : readable, inside);
         }
     }
-    /// Puts the tile into shared memory.
+    /// Puts the tile in its place, after wait_for_copies.
     template <class A>
     __device__ void finish(A* tiles, const View<const T, 3>& x, bool is_wide, const TileRows& rows, Index h0, Index H,
                            int count) const {
         if (is_wide) {
-            if constexpr (wait == Wait::in_shared) device::wait_for_copies();
 #pragma unroll
             for (int i = 0; i < passes; ++i) {
-                const Unit unit = wait == Wait::in_shared ? staging[i * static_cast<int>(blockDim.x)] : held[i % held_count];
+                const Unit unit = staging[i * 32 * G];
 #pragma unroll
                 for (int e = 0; e < V; ++e) tiles[wide_at(i) + e * tile_stride] = device::load_as<A>(unit.x[e]);
             }
@@ -284,24 +288,16 @@ struct TileMover {
         }
     }
     template <class A>
-    __device__ void store(const A* tiles, const View<T, 3>& y, bool is_wide, const TileRows& rows, Index h0, Index H,
-                          int count) const {
-        if (is_wide) {
-            T* p = rows.at(y, token(), h0 + unit() * V);
-            const Index step = rows.stride(y) * pass_tokens;
+    __device__ void store(const A* tiles, T* p, Index stride, int count) const {
+        const Index step = stride * pass_tokens;
 #pragma unroll
-            for (int i = 0; i < passes; ++i, p += step)
-                if (token() + i * pass_tokens < count) {
-                    Unit unit;
+        for (int i = 0; i < passes; ++i, p += step)
+            if (token() + i * pass_tokens < count) {
+                Unit unit;
 #pragma unroll
-                    for (int e = 0; e < V; ++e) unit.x[e] = device::store_as<T>(tiles[wide_at(i) + e * tile_stride]);
-                    *reinterpret_cast<Unit*>(p) = unit;
-                }
-        } else {
-            each(tiles, rows, h0, H, count, [&](A value, Index row, Index h) {
-                y(rows.batch, row, h) = device::store_as<T>(value);
-            });
-        }
+                for (int e = 0; e < V; ++e) unit.x[e] = device::store_as<T>(tiles[wide_at(i) + e * tile_stride]);
+                *reinterpret_cast<int4*>(p) = __builtin_bit_cast(int4, unit);  // one store, not V
+            }
     }
     /// f(value, row, channel) for what the thread holds by narrow steps.
     template <class A, class F>
@@ -360,7 +356,7 @@ struct ChunkFactors {
             for (int half = 0; half < 2; ++half) {
                 const Four<A> x = four(tile + tile_at<Interleave::by_token>(lane.group * own + 2 * m, 2 * lane.quad + 8 * half));
 #pragma unroll
-                for (int e = 0; e < 4; ++e) f[m][half].set(e, x.x[e]);
+                for (int e = 0; e < 4; ++e) f[m][half].set_representable(e, x.x[e]);
             }
     }
 };
@@ -375,7 +371,7 @@ __device__ void chunk_responses(complex<A> (&W)[together][own], const ChunkFacto
     for (int j = 0; j < together; ++j) {
         const Four<A> v = four(V + j * ChunkTables::V_size + lane.group * chunk_tokens + 4 * lane.quad);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) b[j][e / 2].set(e % 2, v.x[e]);
+        for (int e = 0; e < 4; ++e) b[j][e / 2].set_representable(e % 2, v.x[e]);
     }
     // The products of one sum are apart from each other: each waits for the one before.
     device::multiply_add_each<2>([&](int k, auto&& add) {
@@ -453,11 +449,8 @@ __device__ complex<A> state_after(complex<A> x, complex<A> over_chunk, const A* 
 struct Segment {
     Index i, batch, begin, length;  // rows of the sequence
     int first, last;                // tiles [first, last), counted from the sequence's begin
-    /// Tokens of tile k.
-    __device__ int count(int k) const {
-        const Index left = length - static_cast<Index>(k) * tile_tokens;
-        return left < tile_tokens ? static_cast<int>(left) : tile_tokens;
-    }
+    int last_of_all, tokens_of_it;  // the sequence's last tile, which may not be full
+    __device__ int count(int k) const { return k == last_of_all ? tokens_of_it : tile_tokens; }
 };
 __device__ inline Segment segment_of(const View<const std::int32_t, 1>& cu, Index length, Index unit, int segments,
                                      int segment_tiles, std::uint32_t* flags) {
@@ -465,7 +458,8 @@ __device__ inline Segment segment_of(const View<const std::int32_t, 1>& cu, Inde
     const int j = static_cast<int>(unit % segments);
     const RowRange rows = device::checked_rows(cu, i, length, threadIdx.x == 0 ? flags : nullptr);
     const int tiles = static_cast<int>(ceil_div(rows.end - rows.begin, tile_tokens));
-    Segment s{i, cu ? 0 : i, rows.begin, rows.end - rows.begin, j * segment_tiles, (j + 1) * segment_tiles};
+    Segment s{i, cu ? 0 : i, rows.begin, rows.end - rows.begin, j * segment_tiles, (j + 1) * segment_tiles, tiles - 1,
+              static_cast<int>(rows.end - rows.begin - static_cast<Index>(tiles - 1) * tile_tokens)};
     s.first = s.first < tiles ? s.first : tiles;
     s.last = s.last < tiles && j + 1 < segments ? s.last : tiles;
     return s;
@@ -497,8 +491,8 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 2)
     constexpr device::Precision precision = precision_of<T>;
     extern __shared__ __align__(16) unsigned char shared[];
 
-    const int G = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
     const Lane lane;
+    const int G = static_cast<int>(blockDim.x) / 32, warp = lane.thread / 32;
     const Index H = run.shape.channels, N = run.shape.modes;
     const int modes = static_cast<int>(N);
     const Index blocks_a_row = ceil_div(H, G), unit = blockIdx.x / blocks_a_row;  // neighbours share rows
@@ -512,22 +506,22 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 2)
 
     const Segment seg = segment_of(run.cu, run.shape.length, unit, segments, segment_tiles, flags);
     const bool whole = segments == 1;
-    TileMover<T, Interleave::by_token> mover(G);
+    TileMover<T, Interleave::by_token> mover(G, lane, all_tables + G * at.size() + G * 8 * at.groups);
     const bool wide_u = mover.wide(run.u, h0, H), wide_y = mover.wide(run.y, h0, H);
-    const auto tile_rows = [&](int k) {
-        return TileRows(seg.batch, seg.begin + static_cast<Index>(k) * tile_tokens, seg.count(k), run.backwards);
-    };
-    const auto start = [&](int k) { mover.start(run.u, wide_u, tile_rows(k), h0, seg.count(k)); };
     const int tile_step = run.backwards ? -1 : 1;
     int k = run.backwards ? seg.last - 1 : seg.first;
-    if (seg.first < seg.last) start(k);
+    TileRows rows(seg.batch, seg.begin + static_cast<Index>(k) * tile_tokens, seg.count(k), run.backwards);
+    const T* next_u = wide_u ? mover.at(run.u, rows, h0) : nullptr;
+    T* this_y = wide_y ? mover.at(run.y, rows, h0) : nullptr;
+    const Index u_stride = rows.stride(run.u), y_stride = rows.stride(run.y);
+    if (wide_u && seg.first < seg.last) mover.start(next_u, u_stride, seg.count(k));
 
     const int words = static_cast<int>(H - h0 < G ? H - h0 : G) * at.size();
-    for (int i = static_cast<int>(threadIdx.x); i < words / 4; i += static_cast<int>(blockDim.x))
+    for (int i = lane.thread; i < words / 4; i += 32 * G)
         four(all_tables + 4 * i) = four(tables + h0 * at.size() + 4 * i);
 
     // The state that enters the segment; without segments, the caller's.
-    for (int n = static_cast<int>(threadIdx.x % 32); n < 4 * at.groups; n += 32) {
+    for (int n = lane.index; n < 4 * at.groups; n += 32) {
         complex<A> x{A(0), A(0)};
         if (h < H && n < N) {
             if (!whole && !states_only) x = segment_states[(unit * H + h) * N + n];
@@ -551,7 +545,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 2)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int lag = 8 * half + lane.group - (8 * j + 2 * lane.quad + e);
-                    toeplitz[j][half].set(e, lag >= 0 && h < H ? table[at.K() + lag] : A(0));
+                    toeplitz[j][half].set_representable(e, lag >= 0 && h < H ? table[at.K() + lag] : A(0));
                 }
     }
     complex<A>* checkpoint = nullptr;
@@ -560,14 +554,16 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 2)
 
     for (int left = seg.last - seg.first; left > 0; --left, k += tile_step) {
         const int count = seg.count(k);
-        mover.finish(tiles, run.u, wide_u, tile_rows(k), h0, H, count);
+        device::wait_for_copies();
+        mover.finish(tiles, run.u, wide_u, rows, h0, H, count);
         __syncthreads();
-        if (left > 1) start(k + tile_step);
+        next_u += count * u_stride;
+        if (wide_u && left > 1) mover.start(next_u, u_stride, seg.count(k + tile_step));
 
         if (h < H) {
             if (checkpoint) {
 #pragma unroll 1
-                for (int n = static_cast<int>(threadIdx.x % 32); n < modes; n += 32)
+                for (int n = lane.index; n < modes; n += 32)
                     checkpoint[n] = {carry[2 * n], carry[2 * n + 1]};
                 checkpoint += tile_step * H * N;
             }
@@ -604,7 +600,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 2)
                     for (int j = 0; j < together; ++j) {
                         const Four<A> w = four(table + at.M(group + j) + (4 * lane.group + lane.quad) * 4);
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) b[j][e / 2].set(e % 2, w.x[e]);
+                        for (int e = 0; e < 4; ++e) b[j][e / 2].set_representable(e % 2, w.x[e]);
 #pragma unroll
                         for (int m = 0; m < own / 2; ++m) {
                             a[j][m].set(0, X[j][2 * m].re);
@@ -635,7 +631,6 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 2)
         }
         __syncthreads();
         if constexpr (!states_only) {
-            const TileRows rows = tile_rows(k);
             const auto flat = [&](Index row, Index channel) {
                 return (seg.batch * run.shape.length + row) * H + channel;
             };
@@ -645,17 +640,22 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 2)
                 mover.each(tiles, rows, h0, H, count, [&](A y_, Index row, Index c) {
                     if (run.y) run.y(seg.batch, row, c) = device::store_as<T>(y_ + run.addend[flat(row, c)]);
                 });
+            else if (wide_y)
+                mover.store(tiles, this_y, y_stride, count);
             else if (run.y)
-                mover.store(tiles, run.y, wide_y, rows, h0, H, count);
+                mover.each(tiles, rows, h0, H, count,
+                           [&](A y_, Index row, Index c) { run.y(seg.batch, row, c) = device::store_as<T>(y_); });
+            this_y += count * y_stride;
             // Else a thread took out what it will overwrite with the next tokens.
             if (run.sum || run.addend ? wide_u : wide_u != wide_y) __syncthreads();
         }
+        rows.advance(count);
     }
 
     // The state that leaves: the segment's own part, or the sequence's.
     __syncwarp();
     if (h < H)
-        for (int n = static_cast<int>(threadIdx.x % 32); n < N; n += 32) {
+        for (int n = lane.index; n < N; n += 32) {
             const complex<A> x{carry[2 * n], carry[2 * n + 1]};
             if constexpr (states_only)
                 segment_states[(unit * H + h) * N + n] = x;
@@ -715,8 +715,8 @@ struct GradientLayout {
     INTERSTATE_HD constexpr int dy_X() const { return u_E() + octets * 256; }           // (octets, 2, 32, 4)
     INTERSTATE_HD constexpr int X_E() const { return dy_X() + octets * 256; }           // (octets, 32, 2)
     INTERSTATE_HD constexpr int tail() const { return X_E() + octets * 64; }            // (modes, 4): A, beta
-    INTERSTATE_HD constexpr int edges() const { return tail() + octets * 32; }          // (modes, 4): first X, last E
-    INTERSTATE_HD constexpr int size() const { return edges() + octets * 32; }
+    INTERSTATE_HD constexpr int edges() const { return tail() + octets * 32; }          // (2, modes, 4): first X, last E
+    INTERSTATE_HD constexpr int size() const { return edges() + 2 * octets * 32; }
     /// Beside it: tokens of u and of dy.
     static constexpr int tokens = 2 * tile_stride;
 };
@@ -734,7 +734,7 @@ struct RightFactors {
                 const Four<A> x =
                     four(tile + tile_at<Interleave::by_chunk>(4 * lane.group + 2 * pair, 2 * lane.quad + 8 * half));
 #pragma unroll
-                for (int e = 0; e < 4; ++e) chunks[2 * pair + e / 2][half].set(e % 2, x.x[e]);
+                for (int e = 0; e < 4; ++e) chunks[2 * pair + e / 2][half].set_representable(e % 2, x.x[e]);
             }
 #pragma unroll
         for (int n = 0; n < 4; ++n)
@@ -742,7 +742,7 @@ struct RightFactors {
             for (int half = 0; half < 2; ++half)
 #pragma unroll
                 for (int e = 0; e < 2; ++e)
-                    tokens[n][half].set(
+                    tokens[n][half].set_representable(
                         e, tile[tile_at<Interleave::by_chunk>(8 * lane.quad + n + 4 * e, lane.group + 8 * half)]);
     }
 };
@@ -751,16 +751,16 @@ struct RightFactors {
 template <class A, device::Precision precision>
 __device__ void octet_responses(complex<A> (&W)[lane_chunks], complex<A> (&Q)[lane_chunks],
                                 const RightFactors<A, precision>& u, const RightFactors<A, precision>& dy,
-                                const A* table_W, const A* table_Q) {
+                                const A* table_W, const A* table_Q, Lane lane) {
     device::Factors<A, precision, 4> a[2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const int at = (32 * half + static_cast<int>(threadIdx.x % 32)) * 4;
+        const int at = (32 * half + lane.index) * 4;
         const Four<A> w = four(table_W + at), q = four(table_Q + at);
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            a[0][half].set(e, w.x[e]);
-            a[1][half].set(e, q.x[e]);
+            a[0][half].set_representable(e, w.x[e]);
+            a[1][half].set_representable(e, q.x[e]);
         }
     }
     A c[2][4][4] = {};
@@ -830,11 +830,11 @@ __device__ inline Index recurrence_of(const View<const std::int32_t, 1>& cu, con
 /// to these tokens is summed here, and what it does to the chunk before takes its place among the edges. A lane
 /// a mode.
 template <class A>
-__device__ __noinline__ void finish_tile(A* mine, const A* u_tile, const GradientLayout& layout, int count) {
+__device__ __noinline__ void finish_tile(A* mine, A* edges, const A* u_tile, const GradientLayout& layout, int count) {
     const int full = count / chunk_tokens;
     for (int n = static_cast<int>(threadIdx.x % 32); n < octet * layout.octets; n += 32) {
         const Powers<A> p(mine + layout.powers() + n * 12);
-        A* const edge = mine + layout.edges() + n * 4;
+        A* const edge = edges + n * 4;
         const complex<A> last{edge[2], edge[3]};
         // The mode's column of left factors: tokens 8 half + 2 quad + (0, 1) in lane 4 group + quad.
         const A* V = mine + layout.V() + 256 * (n / octet) + 16 * (n % octet);
@@ -874,9 +874,8 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
     using A = acc_t<T>;
     constexpr device::Precision precision = precision_of<T>;
     extern __shared__ __align__(16) unsigned char shared[];
-    const int G = static_cast<int>(blockDim.x) / 32, channel = static_cast<int>(threadIdx.x) / 32;
     const Lane lane;
-    const int this_lane = static_cast<int>(threadIdx.x) % 32;
+    const int G = static_cast<int>(blockDim.x) / 32, channel = lane.thread / 32;
     const Index H = run.shape.channels, L = run.shape.length;
     const int N = static_cast<int>(run.shape.modes);
     const Index h0 = static_cast<Index>(blockIdx.x) * G, h = h0 + channel;
@@ -893,23 +892,23 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
         const A* from = tables + (h0 + c) * at.size();
         const A* exchanged = exchanged_tables + (h0 + c) * at.size();
         A* to = all + c * layout.size();
-        for (int i = static_cast<int>(threadIdx.x); i < layout.octets * 256; i += static_cast<int>(blockDim.x)) {
+        for (int i = lane.thread; i < layout.octets * 256; i += 32 * G) {
             const int element = i % 4, quad = i / 4 % 4, mode = i / 16 % 8, half = i / 128 % 2, o = i / 256;
             const int t = 8 * half + 2 * quad + element / 2;
             const int column = at.V(2 * o + mode / 4) + (mode % 4 * 2 + element % 2) * chunk_tokens;
             to[layout.V() + i] = from[column + V_at(t)];
             to[layout.Q() + i] = exchanged[column + V_at(chunk_tokens - 1 - t)];
         }
-        for (int i = static_cast<int>(threadIdx.x); i < layout.u_E() - layout.powers(); i += static_cast<int>(blockDim.x))
+        for (int i = lane.thread; i < layout.u_E() - layout.powers(); i += 32 * G)
             to[layout.powers() + i] = from[at.power(0, 0) + i];
-        for (int i = static_cast<int>(threadIdx.x); i < layout.size() - layout.u_E(); i += static_cast<int>(blockDim.x))
+        for (int i = lane.thread; i < layout.size() - layout.u_E(); i += 32 * G)
             to[layout.u_E() + i] = A(0);
     }
 
     A lags[2][4] = {};  // dy of token group (+ 8) times u of token 8 half + 2 quad (+ 1)
-    using Mover = TileMover<T, Interleave::by_chunk, Wait::in_shared>;
+    using Mover = TileMover<T, Interleave::by_chunk>;
     A* const staging = all + G * layout.size();
-    Mover mover_u(G, staging), mover_dy(G, staging + tile_tokens * G * sizeof(T) / sizeof(A));
+    Mover mover_u(G, lane, staging), mover_dy(G, lane, reinterpret_cast<unsigned char*>(staging) + G * Mover::staging_bytes);
     const bool wide_u = mover_u.wide(run.u, h0, H), wide_dy = mover_dy.wide(dy, h0, H);
     const Index slots = tile_count(run.shape, tile_tokens);
     // A tile of this part: its number (slots when there is no more), tokens and rows.
@@ -929,25 +928,30 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
         }
         return Tile{slots, 0, TileRows(0, 0, 0, false)};
     };
+    int turn = 0;  // which of the two sets of edges
     const auto start = [&](const Tile& t) {
-        mover_u.start(run.u, wide_u, t.rows, h0, t.count);
-        mover_dy.start(dy, wide_dy, t.rows, h0, t.count);
+        if (wide_u) mover_u.start(mover_u.at(run.u, t.rows, h0), t.rows.stride(run.u), t.count);
+        if (wide_dy) mover_dy.start(mover_dy.at(dy, t.rows, h0), t.rows.stride(dy), t.count);
+        if (h < H && t.slot < slots)
+            for (int n = lane.index; n < N; n += 32) {
+                A* const edge = mine + layout.edges() + (octet * layout.octets * turn + n) * 4;
+                const Index at_state = (t.slot * H + h) * N + n;
+                device::copy_async<sizeof(complex<A>)>(edge, run.checkpoints + at_state);
+                device::copy_async<sizeof(complex<A>)>(edge + 2, exchanged_checkpoints + at_state);
+            }
     };
     Tile next = tile_from(blockIdx.y);
     start(next);
     while (next.slot < slots) {
         const auto [slot, count, rows] = next;
+        A* const edges = mine + layout.edges() + octet * layout.octets * turn * 4;
+        turn ^= 1;
+        device::wait_for_copies();
         __syncthreads();
         mover_u.finish(tiles, run.u, wide_u, rows, h0, H, count);
         mover_dy.finish(tiles + G * tile_stride, dy, wide_dy, rows, h0, H, count);
         next = tile_from(slot + gridDim.y);
         start(next);
-        if (h < H)
-            for (int n = this_lane; n < N; n += 32) {
-                A* const edge = mine + layout.edges() + n * 4;
-                put(edge, run.checkpoints[(slot * H + h) * N + n]);
-                put(edge + 2, exchanged_checkpoints[(slot * H + h) * N + n]);
-            }
         __syncthreads();
         if (h >= H) continue;
 
@@ -968,18 +972,17 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
             for (int e = 0; e < 4; ++e) lags[half][e] += c[e];
         }
         if (count < tile_tokens) {
-            __syncwarp();  // the edges are there
-            finish_tile(mine, u_tile, layout, count);
+            finish_tile(mine, edges, u_tile, layout, count);
             __syncwarp();
         }
 
         for (int o = 0; o < layout.octets; ++o) {
             const int n = octet * o + lane.group;
             const Powers<A> p(mine + layout.powers() + n * 12);
-            const Four<A> edge = four(mine + layout.edges() + n * 4);
+            const Four<A> edge = four(edges + n * 4);
             complex<A> last{edge.x[2], edge.x[3]};
             complex<A> X[lane_chunks], E[lane_chunks];
-            octet_responses(X, E, u, g, mine + layout.V() + 256 * o, mine + layout.Q() + 256 * o);
+            octet_responses(X, E, u, g, mine + layout.V() + 256 * o, mine + layout.Q() + 256 * o, lane);
             if (count < tile_tokens) {  // what comes from behind enters at chunk `full` (finish_tile)
 #pragma unroll
                 for (int r = 0; r < lane_chunks; ++r)
@@ -991,6 +994,13 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
             complex<A> XE{A(0), A(0)};
 #pragma unroll
             for (int r = 0; r < lane_chunks; ++r) XE = affine(X[r], E[r], XE);
+            const int place = 256 * o + 4 * lane.index;
+            Four<A> totals[4];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                totals[half] = four(mine + layout.u_E() + place + 128 * half);
+                totals[2 + half] = four(mine + layout.dy_X() + place + 128 * half);
+            }
             A u_E[2][4] = {}, dy_X[2][4] = {};
             device::multiply_add_each<4>([&](int r, auto&& add) {
                 device::Factors<A, precision, 4> x, e;
@@ -1008,18 +1018,17 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
                     add(dy_X[half], x, g.tokens[r][half]);
                 }
             });
-            const int place = 64 * o + this_lane;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                Four<A>& total_u_E = four(mine + layout.u_E() + 4 * (place + 32 * half));
-                Four<A>& total_dy_X = four(mine + layout.dy_X() + 4 * (place + 32 * half));
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    total_u_E.x[e] += u_E[half][e];
-                    total_dy_X.x[e] += dy_X[half][e];
+                    totals[half].x[e] += u_E[half][e];
+                    totals[2 + half].x[e] += dy_X[half][e];
                 }
+                four(mine + layout.u_E() + place + 128 * half) = totals[half];
+                four(mine + layout.dy_X() + place + 128 * half) = totals[2 + half];
             }
-            A* const total_XE = mine + layout.X_E() + 2 * (32 * o + this_lane);
+            A* const total_XE = mine + layout.X_E() + 2 * (32 * o + lane.index);
             put(total_XE, complex<A>{total_XE[0] + XE.re, total_XE[1] + XE.im});
         }
     }
@@ -1031,7 +1040,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
         const SystemMode m = n < N ? modes[h * N + n] : SystemMode{};
         SystemSums sum{};
         const auto element = [&](int base, int t) {
-            const A* p = mine + base + 4 * (64 * o + 32 * (t / 8) + this_lane) + t % 2;
+            const A* p = mine + base + 4 * (64 * o + 32 * (t / 8) + lane.index) + t % 2;
             return c64{static_cast<double>(p[0]), static_cast<double>(p[2])};
         };
         c64 power{1.0, 0.0}, slope{0.0, 0.0};  // A^e and its slope in A
@@ -1050,7 +1059,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
             slope = slope * m.A + power;
             power = power * m.A;
         }
-        const A* const XE = mine + layout.X_E() + 2 * (32 * o + this_lane);
+        const A* const XE = mine + layout.X_E() + 2 * (32 * o + lane.index);
         sum.A += slope * c64{static_cast<double>(XE[0]), static_cast<double>(XE[1])};
         for (int d = 1; d < 4; d *= 2) {
             sum.A += {__shfl_xor_sync(0xffffffffu, sum.A.re, d), __shfl_xor_sync(0xffffffffu, sum.A.im, d)};
@@ -1071,10 +1080,10 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
         for (int e = 0; e < 4; ++e)
             products[(lane.group + 8 * (e / 2)) * 17 + 8 * half + 2 * lane.quad + e % 2] = lags[half][e];
     __syncwarp();
-    if (this_lane < chunk_tokens) {
+    if (lane.index < chunk_tokens) {
         double sum = 0.0;
-        for (int t = this_lane; t < chunk_tokens; ++t) sum += static_cast<double>(products[t * 17 + t - this_lane]);
-        sums.lags[(static_cast<Index>(blockIdx.y) * H + h) * chunk_tokens + this_lane] = sum;
+        for (int t = lane.index; t < chunk_tokens; ++t) sum += static_cast<double>(products[t * 17 + t - lane.index]);
+        sums.lags[(static_cast<Index>(blockIdx.y) * H + h) * chunk_tokens + lane.index] = sum;
     }
 }
 
@@ -1128,7 +1137,7 @@ struct Chunked {
     template <class P>
     static Status prepare(const cuda& exec, const Options& options, const Params<P>& params, const Shape& s, Half half,
                           SystemMode* modes, const Tables& tables, const Tables& exchanged) {
-        return launch(exec, "chunk_tables_kernel", chunk_tables_kernel<A, P>,
+        return launch(exec, "chunk_tables_kernel", chunk_tables_kernel<T, P>,
                       {dim3(static_cast<unsigned>(s.channels)), dim3(max_chunked_modes)}, options.disc, params, half,
                       s.modes, modes, tables.data, exchanged.data);
     }
@@ -1137,7 +1146,8 @@ struct Chunked {
                       const Scratch& scratch) {
         const Shape& s = run.shape;
         const ChunkTables at(s.modes);
-        const std::size_t bytes = sizeof(A) * static_cast<std::size_t>(tile_stride + at.size() + 8 * at.groups);
+        const std::size_t bytes =
+            sizeof(A) * static_cast<std::size_t>(tile_stride + at.size() + 8 * at.groups) + tile_tokens * sizeof(T);
         int G = 0;
         INTERSTATE_RETURN_IF_ERROR(channels_per_block(block_channels<T>, s.channels, bytes, G));
         const int n = segments(s);
