@@ -68,11 +68,14 @@ INTERSTATE_HD constexpr int V_at(int t) { return 4 * (t % 8 / 2) + 2 * (t / 8) +
 /// are tokens 2 j and 2 j + 1 of both: a lane's part of a fragment whose rows are chunks (token by token), or of
 /// two whose columns are (chunk by chunk). Swizzled so that fragments are read without bank conflicts.
 enum class Interleave { by_token, by_chunk };
-__device__ constexpr int swizzle(int pair) { return 4 * ((pair ^ (pair >> 1)) & 1); }
+__device__ constexpr int swizzle(Interleave order, int pair) {
+    return order == Interleave::by_token ? 4 * ((pair ^ (pair >> 1)) & 1) : 4 * (((pair >> 1) ^ (pair >> 2)) & 1);
+}
+inline constexpr int swizzle_period = 16 * chunk_tokens;
 template <Interleave order>
 __device__ constexpr int tile_at(int chunk, int t) {
     const int place = order == Interleave::by_token ? t % 2 * 2 + chunk % 2 : chunk % 2 * 2 + t % 2;
-    return chunk / 2 * 2 * chunk_tokens + 4 * ((t / 2) ^ swizzle(chunk / 2)) + place;
+    return chunk / 2 * 2 * chunk_tokens + 4 * ((t / 2) ^ swizzle(order, chunk / 2)) + place;
 }
 inline constexpr int tile_stride = tile_tokens + 4;  // of channels
 
@@ -210,9 +213,10 @@ struct TileRows {
 /// neighbouring channels of one token; else single elements.
 template <class T, Interleave order>
 struct TileMover {
-    static constexpr int V = 16 / static_cast<int>(sizeof(T)), passes = 16 / V;
-    static constexpr int units = block_channels<T> / V;           // of 16 bytes a token
-    static constexpr int pass_tokens = 32 * block_channels<T> / units;
+    static constexpr int V = 16 / static_cast<int>(sizeof(T));
+    static constexpr int units = block_channels<T> / V;  // of 16 bytes a token
+    static constexpr int pass_tokens = 32 * block_channels<T> / units, passes = tile_tokens / pass_tokens;
+    static constexpr int narrow_step = 32, narrow_passes = tile_tokens / narrow_step;
     struct alignas(16) Unit {
         T x[V];
     };
@@ -232,21 +236,20 @@ struct TileMover {
         return wide(View<T, 3>{const_cast<T*>(x.data), {}, {x.stride[0], x.stride[1], x.stride[2]}}, h0, H);
     }
 
-    // Wide: thread = (token, unit), and `passes` tokens. Narrow: thread = (token, channel), every 32nd token.
+    // Wide: thread = (token, unit), and `passes` tokens. Narrow: thread = (token, channel), every narrow_step-th token.
     __device__ int unit() const { return thread % units; }
     __device__ int token() const { return thread / units; }
     __device__ int narrow_channel() const { return thread % G; }
     __device__ int narrow_token() const { return thread / G; }
     /// The tile's element of the thread's token of pass i, first channel.
     __device__ int wide_at(int i) const {
-        // A pass is a multiple of four pairs of chunks, so that the swizzle stays, but in float64.
-        if constexpr (pass_tokens % (8 * chunk_tokens) == 0)
-            return unit() * V * tile_stride + tile_at<order>(token() / chunk_tokens, token() % chunk_tokens) + i * pass_tokens;
-        const int t = token() + i * pass_tokens;
-        return unit() * V * tile_stride + tile_at<order>(t / chunk_tokens, t % chunk_tokens);
+        constexpr int period = swizzle_period / pass_tokens < 1 ? 1 : swizzle_period / pass_tokens;
+        const int t = token() + i % period * pass_tokens;
+        return unit() * V * tile_stride + tile_at<order>(t / chunk_tokens, t % chunk_tokens) +
+               i / period * period * pass_tokens;
     }
     __device__ int narrow_at(int i) const {
-        const int t = narrow_token() + 32 * i;
+        const int t = narrow_token() + narrow_step * i;
         return narrow_channel() * tile_stride + tile_at<order>(t / chunk_tokens, t % chunk_tokens);
     }
 
@@ -262,7 +265,7 @@ struct TileMover {
 #pragma unroll
         for (int i = 0; i < passes; ++i, p += step) {
             const bool inside = token() + i * pass_tokens < count;
-            device::copy_async_16(staging + i * 32 * G, inside ? p : readable, inside);
+            device::copy_async_16(staging + i * narrow_step * G, inside ? p : readable, inside);
         }
     }
     /// Puts the tile in its place, after wait_for_copies.
@@ -272,15 +275,15 @@ struct TileMover {
         if (is_wide) {
 #pragma unroll
             for (int i = 0; i < passes; ++i) {
-                const Unit unit = staging[i * 32 * G];
+                const Unit unit = staging[i * narrow_step * G];
 #pragma unroll
                 for (int e = 0; e < V; ++e) tiles[wide_at(i) + e * tile_stride] = device::load_as<A>(unit.x[e]);
             }
         } else {
             const int limit = h0 + narrow_channel() < H ? count : 0;
 #pragma unroll 1  // small rather than fast: beside the wide path it would crowd the instruction cache
-            for (int i = 0; i < 16; ++i) {
-                const int t = narrow_token() + 32 * i;
+            for (int i = 0; i < narrow_passes; ++i) {
+                const int t = narrow_token() + narrow_step * i;
                 T value = T(0.0f);
                 if (t < limit) value = *rows.at(x, t, h0 + narrow_channel());
                 tiles[narrow_at(i)] = device::load_as<A>(value);
@@ -304,8 +307,8 @@ struct TileMover {
     __device__ void each(const A* tiles, const TileRows& rows, Index h0, Index H, int count, F&& f) const {
         if (h0 + narrow_channel() >= H) return;
 #pragma unroll 1
-        for (int i = 0; i < 16; ++i) {
-            const int t = narrow_token() + 32 * i;
+        for (int i = 0; i < narrow_passes; ++i) {
+            const int t = narrow_token() + narrow_step * i;
             if (t < count) f(tiles[narrow_at(i)], rows.row + rows.direction * t, h0 + narrow_channel());
         }
     }
@@ -818,6 +821,7 @@ __device__ void scan_octet(complex<A> (&W)[lane_chunks], complex<A> (&Q)[lane_ch
 
 /// The recurrence whose tile has number `slot`: the last one that starts at or before it.
 __device__ inline Index recurrence_of(const View<const std::int32_t, 1>& cu, const Shape& s, Index slot) {
+    if (!cu) return slot / ceil_div(s.length, tile_tokens);
     Index low = 0, high = s.states();
     while (high - low > 1) {
         const Index middle = (low + high) / 2;
@@ -879,7 +883,6 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
     const Index H = run.shape.channels, L = run.shape.length;
     const int N = static_cast<int>(run.shape.modes);
     const Index h0 = static_cast<Index>(blockIdx.x) * G, h = h0 + channel;
-    const int channels = static_cast<int>(H - h0 < G ? H - h0 : G);
     const ChunkTables at(N);
     const GradientLayout layout(N);
     A* const tiles = reinterpret_cast<A*>(shared);
@@ -888,22 +891,21 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
     A* const u_tile = tiles + channel * tile_stride;
     A* const dy_tile = u_tile + G * tile_stride;
 
-    for (int c = 0; c < channels; ++c) {
-        const A* from = tables + (h0 + c) * at.size();
-        const A* exchanged = exchanged_tables + (h0 + c) * at.size();
-        A* to = all + c * layout.size();
-        for (int i = lane.thread; i < layout.octets * 256; i += 32 * G) {
+    if (h < H) {
+        const A* from = tables + h * at.size();
+        const A* exchanged = exchanged_tables + h * at.size();
+        for (int i = lane.index; i < layout.octets * 256; i += 32) {
             const int element = i % 4, quad = i / 4 % 4, mode = i / 16 % 8, half = i / 128 % 2, o = i / 256;
             const int t = 8 * half + 2 * quad + element / 2;
             const int column = at.V(2 * o + mode / 4) + (mode % 4 * 2 + element % 2) * chunk_tokens;
-            to[layout.V() + i] = from[column + V_at(t)];
-            to[layout.Q() + i] = exchanged[column + V_at(chunk_tokens - 1 - t)];
+            mine[layout.V() + i] = from[column + V_at(t)];
+            mine[layout.Q() + i] = exchanged[column + V_at(chunk_tokens - 1 - t)];
         }
-        for (int i = lane.thread; i < layout.u_E() - layout.powers(); i += 32 * G)
-            to[layout.powers() + i] = from[at.power(0, 0) + i];
-        for (int i = lane.thread; i < layout.size() - layout.u_E(); i += 32 * G)
-            to[layout.u_E() + i] = A(0);
+        for (int i = lane.index; i < layout.u_E() - layout.powers(); i += 32)
+            mine[layout.powers() + i] = from[at.power(0, 0) + i];
+        for (int i = lane.index; i < layout.size() - layout.u_E(); i += 32) mine[layout.u_E() + i] = A(0);
     }
+    __syncthreads();
 
     A lags[2][4] = {};  // dy of token group (+ 8) times u of token 8 half + 2 quad (+ 1)
     using Mover = TileMover<T, Interleave::by_chunk>;
@@ -1071,9 +1073,9 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
         sum.beta += {static_cast<double>(tail.x[2]), static_cast<double>(tail.x[3])};
         if (lane.quad == 0 && n < N) sums.modes[(static_cast<Index>(blockIdx.y) * H + h) * N + n] = sum;
     }
-    __syncwarp();
     // Diagonals of the products of tokens: lag = token of dy - token of u.
     A* const products = u_tile;  // (16, 17)
+    __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
