@@ -7,26 +7,69 @@
 
 #include <s4d/detail/cuda_chunked.cuh>
 #include <s4d/detail/cuda_driver.cuh>
+#include <s4d/detail/cuda_scan.cuh>
 #include <s4d/params.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace s4d {
 
-inline KernelChoice which_kernel(const cuda&, const Options&, const Shape&) {
-    return {"s4d.cuda.chunked", "chunks of 16 tokens as products on tensor cores"};
+namespace detail {
+
+/// The method that a call will run. Chunks win wherever they can run, from one token on (docs/benchmarks/s4d.md).
+inline Method cuda_method(const Options& options, const Shape& shape) {
+    if (options.method != Method::automatic) return options.method;
+    return shape.modes <= max_chunked_modes ? Method::chunked : Method::scan;
+}
+
+/// Calls f(method) with the driver's type of the method.
+template <class T, class F>
+auto with_method(const Options& options, const Shape& shape, F&& f) {
+    if (cuda_method(options, shape) == Method::chunked) return f(Chunked<T>{});
+    return f(Scanned<T>{});
+}
+
+inline Status check_method(const Options& options, const Shape& shape) {
+    if (options.method == Method::fft)
+        return Status::error(StatusCode::unsupported, "method: is fft, which needs cuFFT plans: the executor cuda_fft of s4d/fft.cuh");
+    if (options.method == Method::chunked && shape.modes > max_chunked_modes)
+        return Status::error(StatusCode::unsupported, "method: is chunked with %lld modes, must be at most %d on cuda",
+                             static_cast<long long>(shape.modes), max_chunked_modes);
+    return {};
+}
+
+}  // namespace detail
+
+inline KernelChoice which_kernel(const cuda&, const Options& options, const Shape& shape) {
+    switch (detail::cuda_method(options, shape)) {
+        case Method::chunked: return {"s4d.cuda.chunked", "chunks of 16 tokens as products on tensor cores"};
+        case Method::scan:
+            return {"s4d.cuda.scan", options.method == Method::scan
+                                         ? "block scan over time, one block a channel"
+                                         : "block scan over time, because of more than 64 modes"};
+        default: return {"", "fft needs the executor cuda_fft of s4d/fft.cuh"};
+    }
 }
 
 /// Bytes of `Saved` that forward fills for backward: one state per tile.
-inline std::size_t saved_size(const cuda&, const Options&, const Shape& shape) {
+inline std::size_t saved_size(const cuda&, const Options& options, const Shape& shape) {
     Arena arena;
-    dispatch_dtype(shape.dtype, [&]<class T>(T) { return detail::SavedStates<T, detail::Chunked<T>>(arena, shape), 0; });
+    dispatch_dtype(shape.dtype, [&]<class T>(T) {
+        return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
+            return detail::SavedStates<T, Method>(arena, shape), 0;
+        });
+    });
     return arena.required();
 }
 
 /// Bytes of workspace in device memory.
-inline std::size_t workspace_size(const cuda&, const Options&, const Shape& shape, pass p) {
+inline std::size_t workspace_size(const cuda&, const Options& options, const Shape& shape, pass p) {
+    if (p == pass::step) return 0;
     Arena arena;
-    dispatch_dtype(shape.dtype, [&]<class T>(T) { return detail::DriverLayout<T, detail::Chunked<T>>(arena, shape, p), 0; });
+    dispatch_dtype(shape.dtype, [&]<class T>(T) {
+        return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
+            return detail::DriverLayout<T, Method>(arena, shape, p), 0;
+        });
+    });
     return arena.required();
 }
 
@@ -37,12 +80,15 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
                Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(in, out));
     const Shape shape = shape_of(in);
+    INTERSTATE_RETURN_IF_ERROR(detail::check_method(options, shape));
     if (saved.data)
         INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    return detail::run_forward<T, detail::Chunked<T>>(exec, options, in, out, saved, ws);
+    return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
+        return detail::run_forward<T, Method>(exec, options, in, out, saved, ws);
+    });
 }
 
 /// Gradients of every input whose view in `grads` is not null. `saved` is what forward filled for the
@@ -52,11 +98,14 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
                 const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, grads));
     const Shape shape = shape_of(in);
+    INTERSTATE_RETURN_IF_ERROR(detail::check_method(options, shape));
     INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    return detail::run_backward<T, detail::Chunked<T>>(exec, options, in, saved, upstream, grads, ws);
+    return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
+        return detail::run_backward<T, Method>(exec, options, in, saved, upstream, grads, ws);
+    });
 }
 
 }  // namespace s4d

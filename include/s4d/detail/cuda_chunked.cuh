@@ -819,17 +819,6 @@ __device__ void scan_octet(complex<A> (&W)[lane_chunks], complex<A> (&Q)[lane_ch
     }
 }
 
-/// The recurrence whose tile has number `slot`: the last one that starts at or before it.
-__device__ inline Index recurrence_of(const View<const std::int32_t, 1>& cu, const Shape& s, Index slot) {
-    if (!cu) return slot / ceil_div(s.length, tile_tokens);
-    Index low = 0, high = s.states();
-    while (high - low > 1) {
-        const Index middle = (low + high) / 2;
-        (first_tile(cu, middle, s.length, tile_tokens) <= slot ? low : high) = middle;
-    }
-    return low;
-}
-
 /// A tile that is not full ends inside chunk `full`, and `last` follows its tokens, not the chunk. What it does
 /// to these tokens is summed here, and what it does to the chunk before takes its place among the edges. A lane
 /// a mode.
@@ -921,7 +910,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
     };
     const auto tile_from = [&](Index slot) {
         for (; slot < slots; slot += gridDim.y) {
-            const Index i = recurrence_of(run.cu, run.shape, slot);
+            const Index i = recurrence_of(run.cu, run.shape, slot, tile_tokens);
             const RowRange range = device::checked_rows(run.cu, i, L, nullptr);
             const Index begin = range.begin + (slot - first_tile(run.cu, i, L, tile_tokens)) * tile_tokens;
             if (begin < range.begin || begin >= range.end) continue;  // a number that no tile has

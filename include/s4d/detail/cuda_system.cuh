@@ -65,6 +65,17 @@ struct PartialSums {
 
 inline namespace INTERSTATE_KERNELS {
 
+/// The recurrence whose tile has number `slot`: the last one that starts at or before it.
+__device__ inline Index recurrence_of(const View<const std::int32_t, 1>& cu, const Shape& s, Index slot, Index tile) {
+    if (!cu) return slot / ceil_div(s.length, tile);
+    Index low = 0, high = s.states();
+    while (high - low > 1) {
+        const Index middle = (low + high) / 2;
+        (first_tile(cu, middle, s.length, tile) <= slot ? low : high) = middle;
+    }
+    return low;
+}
+
 /// The system of one half in float64 (eq. 2), and what its mode adds to K0.
 template <class P>
 __device__ SystemMode system_mode(Discretization disc, const Params<P>& p, Half half, Index h, Index n, double& K0) {
