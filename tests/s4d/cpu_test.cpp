@@ -28,7 +28,7 @@ void expect_close(const Case& c, cpu exec, s4d::Options options = {}, RunOptions
     const Status status = run_case<Operator, T, P>(exec, options, in, got, run);
     ASSERT_TRUE(status.ok()) << status.message();
     ASSERT_TRUE((run_case<Operator, double, double>(reference{}, options, in, want).ok()));
-    EXPECT_EQ(beyond_tolerance<T>(got, want), "")
+    EXPECT_EQ(beyond_tolerance<T>(in, got, want), "")
         << to_string(dtype_of<T>) << " " << to_string(exec.isa) << " L=" << in.tensors.at("u").extent[1]
         << " H=" << in.tensors.at("u").extent[2] << " N=" << in.tensors.at("im").extent[1];
 }

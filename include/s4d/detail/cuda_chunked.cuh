@@ -26,7 +26,7 @@
 #include <s4d/detail/cuda_system.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
-namespace s4d::detail {
+namespace s4d::detail::chunks {
 
 inline constexpr int chunk_tokens = 16;
 inline constexpr int tile_chunks = 32;  // four a thread: see `own`
@@ -1177,5 +1177,5 @@ struct Chunked {
     }
 };
 
-}  // namespace s4d::detail
+}  // namespace s4d::detail::chunks
 }  // namespace interstate::inline INTERSTATE_ABI
