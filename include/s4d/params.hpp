@@ -54,6 +54,7 @@ struct Shape {
     Index channels = 0;   // H
     Index modes = 0;      // N, complex modes a channel (real state size 2N)
     Index sequences = -1; // S
+    bool bidirectional = false;  // whether C_reverse is there
 
     constexpr bool packed() const { return sequences >= 0; }
     /// How many independent recurrences a channel runs: S, or B.
@@ -182,7 +183,8 @@ Shape shape_of(const Inputs<T, P>& in) {
             .length = in.u.extent[1],
             .channels = in.u.extent[2],
             .modes = in.params.log_neg_re.extent[1],
-            .sequences = in.cu_seqlens ? in.cu_seqlens.extent[0] - 1 : -1};
+            .sequences = in.cu_seqlens ? in.cu_seqlens.extent[0] - 1 : -1,
+            .bidirectional = static_cast<bool>(in.params.C_reverse)};
 }
 
 /// Shape of a decoding step, for its workspace.

@@ -23,10 +23,13 @@ INTERSTATE_HD inline void phi_psi(c64 z, c64& phi, c64& psi) {
     if (z.re * z.re + z.im * z.im < 1.0) {
         phi = psi = {0.0, 0.0};
         c64 term{1.0, 0.0};  // z^n / n!
-        for (int n = 0; n < 20; ++n) {
-            phi += (1.0 / (n + 1)) * term;
-            psi += (1.0 / (n + 2)) * term;
-            term = (1.0 / (n + 1)) * (term * z);
+        double inverse = 1.0;
+        for (int n = 0; n < 20 && dot(term, term) > 1e-36; ++n) {
+            const double next = 1.0 / (n + 2);
+            phi += inverse * term;
+            psi += next * term;
+            term = inverse * (term * z);
+            inverse = next;
         }
         return;
     }
