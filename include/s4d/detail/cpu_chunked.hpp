@@ -202,14 +202,14 @@ struct ChunkBackward {
                 const auto c = load_rows<V>(
                     coefficient + (args.reverse ? Coefficients::out_reverse : Coefficients::out) * W, W);
                 collect_tile<Set, 4>(args.u + end, backwards, power, rows.whole, 1, w, Index{4 * W});
-                collect_tile<Set, 4>(args.dy, Index{W}, power, used, 1, q, Index{4 * W});
-
                 const A* checkpoint = args.checkpoint + (n0 + n) * 2 * args.lane_stride;
                 auto x = load_rows<V>(checkpoint, args.lane_stride);
                 for (Index r = 0; r < rows.whole; ++r) {
                     store_rows(X + r * 2 * W, W, x);
                     x = fma(a, x, b * load_rows<V>(w + r * 4 * W, W));
                 }
+                // Here, where its many independent sums fill the latencies of the chain before it.
+                collect_tile<Set, 4>(args.dy, Index{W}, power, used, 1, q, Index{4 * W});
 
                 auto g = load_rows<V>(static_cast<const double*>(state), W);
                 auto Xq = zeros<V>(), Xq_slope = Xq, gw = Xq, gw_slope = Xq, gX = Xq;
@@ -346,30 +346,70 @@ void chunked_forward(const cpu& exec, const Options& options, const Inputs<T, P>
     });
 }
 
-/// Gradients of mode n in discrete form from the sums over chunks of one direction (eq. 17). `C` is C or
-/// C_reverse of that direction.
-template <class Sums, class Taps>
-DiscreteGrads chunk_gradients(const Mode& mode, c64 C, bool reverse, Sums&& sums, Taps&& dK) {
-    const c64 out = 2.0 * (C * mode.Abar);
-    c64 power{1.0, 0.0}, previous{}, taps{}, slope{};  // sum_k dK Abar^k, its derivative; at the end Abar^16
-    for (int k = 0; k < chunk_tokens; ++k) {
-        const double g = dK(k);
-        taps += g * power;
-        slope += (g * k) * previous;
-        previous = power;
-        power = power * mode.Abar;
+/// Gradients in discrete form (eq. 17) from the sums over chunks: rows of W lanes a mode, (re, im) of
+/// DiscreteGrads' members, in the sums of the first group. Those of other groups and directions are added
+/// in a fixed order.
+template <class A>
+struct ChunkGradients {
+    enum Row { Abar = 0, Bbar = 2, C = 4, C_reverse = 6 };
+
+    template <class V>
+    static INTERSTATE_INLINE void put_conj(double* p, Index W, const Complexes<V>& x) {
+        store_rows(p, W, Complexes<V>{x.re, simd::broadcast<V>(0.0) - x.im});
     }
-    const c64 CB = C * mode.Bbar, Xq = sums(ChunkSums::Xq);
-    const c64 dC = 2.0 * (mode.Abar * Xq + mode.Bbar * taps);
-    const c64 dAbar = 2.0 * (C * Xq) + out * sums(ChunkSums::Xq_slope) + mode.Bbar * sums(ChunkSums::gw_slope) +
-                      static_cast<double>(chunk_tokens) * (previous * sums(ChunkSums::gX)) + sums(ChunkSums::gX_last) +
-                      2.0 * (CB * slope);
-    DiscreteGrads g;
-    g.Abar = conj(dAbar);
-    g.Bbar = conj(sums(ChunkSums::gw) + 2.0 * (C * taps));
-    (reverse ? g.C_reverse : g.C) = conj(dC);
-    return g;
-}
+
+    template <class Set>
+    static INTERSTATE_INLINE void run(const PowerTables<A>& t, double* sums, Index group_stride, Index groups,
+                                      Index direction_stride, Index directions, Index modes) {
+        using V = typename Lanes<Set, A>::Wide;
+        constexpr int W = Lanes<Set, A>::W;
+        const V two = simd::broadcast<V>(2.0), sixteen = simd::broadcast<V>(static_cast<double>(chunk_tokens));
+        for (Index at = 0; at < directions * direction_stride; at += V::lanes) {
+            V sum = simd::load<V>(sums + at);
+            for (Index g = 1; g < groups; ++g) sum = sum + simd::load<V>(sums + g * group_stride + at);
+            simd::store(sums + at, sum);
+        }
+        for (Index n = 0; n < modes; ++n)
+            for (int at = 0; at < W; at += V::lanes) {
+                const double* exact = t.exact + n * Exact::rows * W + at;
+                const auto a = load_rows<V>(exact + Exact::Abar * W, W), b = load_rows<V>(exact + Exact::Bbar * W, W);
+                Complexes<V> dA = zeros<V>(), dB = dA, dC[2] = {dA, dA};
+                for (Index d = 0; d < directions; ++d) {
+                    const double* from = sums + d * direction_stride + n * ChunkSums::rows * W + at;
+                    const double* dK = sums + d * direction_stride + modes * ChunkSums::rows * W + at;
+                    const auto c2 = load_rows<V>(exact + (d ? Exact::C_reverse : Exact::C) * W, W);
+                    // sum_k dK[k] Abar^k and its derivative; at the end before = Abar^15.
+                    Complexes<V> p{simd::broadcast<V>(1.0), simd::broadcast<V>(0.0)}, before = zeros<V>(), taps = before,
+                                 slope = before;
+                    for (int k = 0; k < chunk_tokens; ++k) {
+                        const V g = simd::load<V>(dK + k * W), gk = simd::broadcast<V>(static_cast<double>(k)) * g;
+                        taps = {simd::fma(g, p.re, taps.re), simd::fma(g, p.im, taps.im)};
+                        slope = {simd::fma(gk, before.re, slope.re), simd::fma(gk, before.im, slope.im)};
+                        before = p;
+                        p = p * a;
+                    }
+                    const auto Xq = load_rows<V>(from + ChunkSums::Xq * W, W);
+                    const auto Xq_slope = load_rows<V>(from + ChunkSums::Xq_slope * W, W);
+                    const auto gw = load_rows<V>(from + ChunkSums::gw * W, W);
+                    const auto gw_slope = load_rows<V>(from + ChunkSums::gw_slope * W, W);
+                    const auto gX = load_rows<V>(from + ChunkSums::gX * W, W);
+                    const auto gX_last = load_rows<V>(from + ChunkSums::gX_last * W, W);
+                    const auto own = fma(a, Xq, b * taps);
+                    dC[d] = {two * own.re, two * own.im};
+                    dB = fma(c2, taps, Complexes<V>{dB.re + gw.re, dB.im + gw.im});
+                    dA = fma(c2, fma(a, Xq_slope, fma(b, slope, Xq)), dA);
+                    dA = fma(b, gw_slope, dA);
+                    dA = fma(before, Complexes<V>{sixteen * gX.re, sixteen * gX.im}, dA);
+                    dA = {dA.re + gX_last.re, dA.im + gX_last.im};
+                }
+                double* to = sums + n * ChunkSums::rows * W + at;
+                put_conj(to + Abar * W, W, dA);
+                put_conj(to + Bbar * W, W, dB);
+                put_conj(to + C * W, W, dC[0]);
+                put_conj(to + C_reverse * W, W, dC[1]);
+            }
+    }
+};
 
 template <class T, class P>
 void chunked_backward(const cpu& exec, const Options& options, const Inputs<T, P>& in, Saved saved,
@@ -416,32 +456,20 @@ void chunked_backward(const cpu& exec, const Options& options, const Inputs<T, P
             }
         }
     });
-    parallel_for(s.channels, exec.threads, [&](Index h, int) {
-        const auto total = [&](Index d, Index row) {
-            double sum = 0.0;
-            for (Index group = 0; group < groups; ++group)
-                sum += w.sums[((group * blocks + h / W) * directions(s) + d) * w.sums_size + row * W + h % W];
-            return sum;
-        };
-        double dK[2][chunk_tokens] = {};
-        for (Index d = 0; d < directions(s); ++d)
-            for (int k = 0; k < chunk_tokens; ++k) dK[d][k] = total(d, N * ChunkSums::rows + k);
-        write_grads(options, in.params, grads.params, h, dK[0][0], [&](Index n, const Mode& mode) {
-            DiscreteGrads all;
-            for (Index d = 0; d < directions(s); ++d) {
-                const auto& C = d ? in.params.C_reverse : in.params.C;
-                const DiscreteGrads g = chunk_gradients(
-                    mode, cast<double>(C(h, n)), d == 1,
-                    [&](ChunkSums::Row row) {
-                        return c64{total(d, n * ChunkSums::rows + row), total(d, n * ChunkSums::rows + row + 1)};
-                    },
-                    [&](int k) { return dK[d][k]; });
-                all.Abar += g.Abar;
-                all.Bbar += g.Bbar;
-                (d ? all.C_reverse : all.C) = d ? g.C_reverse : g.C;
-            }
-            return all;
-        });
+    parallel_for(blocks, exec.threads, [&](Index block, int) {
+        double* sums = w.sums + block * directions(s) * w.sums_size;
+        simd::run_body<ChunkGradients<A>>(exec.isa, w.powers.block(block), sums, blocks * directions(s) * w.sums_size, groups,
+                                          w.sums_size, directions(s), N);
+        for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
+            write_grads(options, in.params, grads.params, block * W + lane, sums[N * ChunkSums::rows * W + lane],
+                        [&](Index n, const Mode&) {
+                            const auto at = [&](Index row) {
+                                const double* from = sums + (n * ChunkSums::rows + row) * W + lane;
+                                return c64{from[0], from[W]};
+                            };
+                            using G = ChunkGradients<A>;
+                            return DiscreteGrads{at(G::Abar), at(G::Bbar), at(G::C), at(G::C_reverse)};
+                        });
     });
 }
 
