@@ -56,8 +56,9 @@ void store_checkpoint(A* checkpoint, const double* state, const Shape& s, Index 
             checkpoint[r * checkpoint_lanes(s) + lane] = static_cast<A>(state[r * W + lane]);
 }
 
-/// Tasks that split the recurrences in backward. Fixed, so that sums do not depend on threads.
-inline Index backward_groups(const Shape& s) { return std::min<Index>(s.states(), 16); }
+/// Tasks that split the recurrences in backward, at least one, whose sums are zero where there are none.
+/// Fixed, so that sums do not depend on threads.
+inline Index backward_groups(const Shape& s) { return std::clamp<Index>(s.states(), 1, 16); }
 
 /// The sequence of a task in the order in which it is processed: token p of `length`.
 struct Reading {
