@@ -224,103 +224,141 @@ class FftwTransform {
 };
 #endif
 
-/// The layer (without D) as a peer would build it: our K, their transforms of 2L places, channels along rows so
-/// that nothing is transposed, spectra of u and K kept for backward, threads over channels.
+/// The layer (without D) as a peer would build it: our K, their transforms of 2L places, spectra of u and K kept
+/// for backward, threads over blocks of 16 channels. `rows`: the tensors already are (B, H, L), which spares the
+/// peer what the layer's own (B, L, H) costs it, the copies to rows and back.
 template <class Transform>
-void peer_convolution(benchmark::State& state, bool with_backward) {
-    const Index B = state.range(0), L = state.range(1), H = state.range(2), N = state.range(3);
+void peer_convolution(benchmark::State& state, bool rows, bool with_backward) {
+    const Index B = state.range(0), L = state.range(1), H = state.range(2), N = state.range(3), few = 16;
     const cpu exec{.threads = static_cast<int>(state.range(4))};
     const s4d::Options options;
-    Parameters<float> params(H, N), grads(H, N);
-    check(initialize(s4d::Init::lin, 1, params.mutable_views(H)));
+    // Ours, to compare with; the rows of its benchmarks hold it against the reference.
+    Problem<float> p(B, L, H, N, exec.threads, Method::chunked);
+    std::fill(p.params.D.begin(), p.params.D.end(), 0.0f);
+    p.forward(true);
+    p.backward();
     const Index n = 2 * fft::size_for(L), half = n / 2 + 1, stride = (half + 7) / 8 * 8;
-    std::vector<float> K(H * L), dK(H * L), u(B * H * L), y(u.size()), du(u.size());
-    for (std::size_t i = 0; i < u.size(); ++i) u[i] = std::sin(0.1f * static_cast<float>(i % 1009));
+    const auto at = [&](float* x, Index b) {  // (H, L) of batch row b
+        return rows ? view(x + b * H * L, {H, L}) : view(x + b * H * L, {H, L}, {1, H});
+    };
+    std::vector<float> K(H * L), dK(H * L), u(B * H * L), dy(u.size()), y(u.size()), du(u.size());
+    for (Index b = 0; b < B; ++b)
+        for (Index h = 0; h < H; ++h)
+            for (Index t = 0; t < L; ++t) {
+                at(u.data(), b)(h, t) = p.u[(b * L + t) * H + h];
+                at(dy.data(), b)(h, t) = p.dy[(b * L + t) * H + h];
+            }
+    Parameters<float> grads(H, N);
     const auto K_view = view(K.data(), {H, L});
-    const s4d::Shape shape = shape_of(params.views(H), K_view);
+    const s4d::Shape shape = shape_of(p.params.views(H), K_view);
     std::vector<char> memory(std::max(generate_kernel_workspace_size(exec, options, shape, pass::forward),
                                       generate_kernel_workspace_size(exec, options, shape, pass::backward)));
     const Workspace ws{memory.data(), memory.size()};
     struct Worker {
         Transform transform;
-        Aligned<float> x;
-        Aligned<std::complex<float>> z, sum, k, v;
-        Worker(Index size, Index values) : transform(size), x(size), z(values), sum(values), k(values), v(values) {}
+        Aligned<float> x, in, out;
+        Aligned<std::complex<float>> z, v, k, sum;
+        Worker(Index size, Index values, Index length, Index channels)
+            : transform(size), x(size), in(channels * length), out(channels * length), z(values), v(values),
+              k(channels * values), sum(channels * values) {}
     };
     std::vector<std::unique_ptr<Worker>> workers;
-    for (int t = 0; t < exec.threads; ++t) workers.push_back(std::make_unique<Worker>(n, half));
+    for (int t = 0; t < exec.threads; ++t) workers.push_back(std::make_unique<Worker>(n, stride, L, few));
     const Aligned<std::complex<float>> K_values(with_backward ? H * stride : 1), u_values(with_backward ? B * H * stride : 1);
-    const auto forward_row = [&](Worker& w, const float* from, std::complex<float>* values) {
+    const auto transform_row = [&](Worker& w, const float* from, std::complex<float>* values) {
         std::copy_n(from, L, w.x.data());
         std::fill_n(w.x.data() + L, n - L, 0.0f);
         w.transform.forward(w.x.data(), values);
     };
+    const auto invert_row = [&](Worker& w, std::complex<float>* values, float* to) {
+        w.transform.inverse(values, w.x.data());
+        std::copy_n(w.x.data(), L, to);
+    };
+    // Rows [h, h + width) of a batch row: where they are, or copied.
+    const auto read = [&](Worker& w, std::vector<float>& x, Index b, Index h, Index width) -> const float* {
+        if (rows) return x.data() + (b * H + h) * L;
+        for (Index t = 0; t < L; ++t)
+            for (Index c = 0; c < width; ++c) w.in.data()[c * L + t] = x[(b * L + t) * H + h + c];
+        return w.in.data();
+    };
+    const auto target = [&](Worker& w, std::vector<float>& x, Index b, Index h) {
+        return rows ? x.data() + (b * H + h) * L : w.out.data();
+    };
+    const auto write = [&](Worker& w, std::vector<float>& x, Index b, Index h, Index width) {
+        if (rows) return;
+        for (Index t = 0; t < L; ++t)
+            for (Index c = 0; c < width; ++c) x[(b * L + t) * H + h + c] = w.out.data()[c * L + t];
+    };
     for (auto _ : state) {
-        check(generate_kernel(exec, options, params.views(H), K_view, ws));
-        parallel_for(H, exec.threads, [&](Index h, int worker) {
+        check(generate_kernel(exec, options, p.params.views(H), K_view, ws));
+        parallel_for(ceil_div(H, few), exec.threads, [&](Index block, int worker) {
             Worker& w = *workers[worker];
-            auto* k = with_backward ? K_values.data() + h * stride : w.k.data();
-            forward_row(w, K.data() + h * L, k);
+            const Index h = block * few, width = std::min(few, H - h);
+            auto* k_block = with_backward ? K_values.data() + h * stride : w.k.data();
+            auto* z = w.z.data();
+            for (Index c = 0; c < width; ++c) transform_row(w, K.data() + (h + c) * L, k_block + c * stride);
             for (Index b = 0; b < B; ++b) {
-                const Index row = b * H + h;
-                auto* v = with_backward ? u_values.data() + row * stride : w.v.data();
-                forward_row(w, u.data() + row * L, v);
-                for (Index i = 0; i < half; ++i) {
-                    const float re = v[i].real() * k[i].real() - v[i].imag() * k[i].imag();
-                    const float im = v[i].real() * k[i].imag() + v[i].imag() * k[i].real();
-                    w.z.data()[i] = {w.transform.scale() * re, w.transform.scale() * im};
+                const float* from = read(w, u, b, h, width);
+                float* to = target(w, y, b, h);
+                for (Index c = 0; c < width; ++c) {
+                    const auto* k = k_block + c * stride;
+                    auto* v = with_backward ? u_values.data() + (b * H + h + c) * stride : w.v.data();
+                    transform_row(w, from + c * L, v);
+                    for (Index i = 0; i < half; ++i) {
+                        const float re = v[i].real() * k[i].real() - v[i].imag() * k[i].imag();
+                        const float im = v[i].real() * k[i].imag() + v[i].imag() * k[i].real();
+                        z[i] = {w.transform.scale() * re, w.transform.scale() * im};
+                    }
+                    invert_row(w, z, to + c * L);
                 }
-                w.transform.inverse(w.z.data(), w.x.data());
-                std::copy_n(w.x.data(), L, y.data() + row * L);
+                write(w, y, b, h, width);
             }
         });
         if (!with_backward) continue;
-        parallel_for(H, exec.threads, [&](Index h, int worker) {
+        parallel_for(ceil_div(H, few), exec.threads, [&](Index block, int worker) {
             Worker& w = *workers[worker];
-            const auto* k = K_values.data() + h * stride;
+            const Index h = block * few, width = std::min(few, H - h);
             auto* z = w.z.data();
-            std::fill_n(w.sum.data(), half, 0.0f);
+            std::fill_n(w.sum.data(), width * stride, 0.0f);
             for (Index b = 0; b < B; ++b) {
-                const Index row = b * H + h;
-                const auto* v = u_values.data() + row * stride;
-                forward_row(w, y.data() + row * L, z);
-                for (Index i = 0; i < half; ++i) {
-                    const float re = w.transform.scale() * z[i].real(), im = w.transform.scale() * z[i].imag();
-                    w.sum.data()[i] += std::complex<float>(v[i].real() * re + v[i].imag() * im, v[i].real() * im - v[i].imag() * re);
-                    z[i] = {k[i].real() * re + k[i].imag() * im, k[i].real() * im - k[i].imag() * re};
+                const float* from = read(w, dy, b, h, width);
+                float* to = target(w, du, b, h);
+                for (Index c = 0; c < width; ++c) {
+                    const auto* k = K_values.data() + (h + c) * stride;
+                    const auto* v = u_values.data() + (b * H + h + c) * stride;
+                    auto* sum = w.sum.data() + c * stride;
+                    transform_row(w, from + c * L, z);
+                    for (Index i = 0; i < half; ++i) {
+                        const float re = w.transform.scale() * z[i].real(), im = w.transform.scale() * z[i].imag();
+                        sum[i] += std::complex<float>(v[i].real() * re + v[i].imag() * im, v[i].real() * im - v[i].imag() * re);
+                        z[i] = {k[i].real() * re + k[i].imag() * im, k[i].real() * im - k[i].imag() * re};
+                    }
+                    invert_row(w, z, to + c * L);
                 }
-                w.transform.inverse(z, w.x.data());
-                std::copy_n(w.x.data(), L, du.data() + row * L);
+                write(w, du, b, h, width);
             }
-            w.transform.inverse(w.sum.data(), w.x.data());
-            std::copy_n(w.x.data(), L, dK.data() + h * L);
+            for (Index c = 0; c < width; ++c) invert_row(w, w.sum.data() + c * stride, dK.data() + (h + c) * L);
         });
-        check(generate_kernel_backward(exec, options, params.views(H), view(static_cast<const float*>(dK.data()), {H, L}),
+        check(generate_kernel_backward(exec, options, p.params.views(H), view(static_cast<const float*>(dK.data()), {H, L}),
                                        grads.mutable_views(H), ws));
     }
-    // Against our own chunked layer without D, which the rows above hold against the reference.
-    Problem<float> p(B, L, H, N, exec.threads, Method::chunked);
-    std::fill(p.params.D.begin(), p.params.D.end(), 0.0f);
-    for (Index b = 0; b < B; ++b)
-        for (Index h = 0; h < H; ++h)
-            for (Index t = 0; t < L; ++t) p.u[(b * L + t) * H + h] = u[(b * H + h) * L + t];
-    p.forward(true);
     bench::Error e;
-    e.add(view(y.data(), {B, L, H}, {H * L, 1, L}), p.template tokens<float>(p.y, H));
-    if (with_backward) {
-        p.dy = p.y;
-        p.backward();
-        e.add(view(du.data(), {B, L, H}, {H * L, 1, L}), p.template tokens<float>(p.du, H));
-        e.add(view(grads.B.data(), {H, N}), view(p.grads.B.data(), {H, N}));
+    for (Index b = 0; b < B; ++b) {
+        e.add(at(y.data(), b), view(p.y.data() + b * H * L, {H, L}, {1, H}));
+        if (with_backward) e.add(at(du.data(), b), view(p.du.data() + b * H * L, {H, L}, {1, H}));
     }
+    if (with_backward) e.add(view(grads.B.data(), {H, N}), view(p.grads.B.data(), {H, N}));
     bench::report<float>(state, 0.0, exec.threads, e.worst());
 }
-void eigen_forward(benchmark::State& state) { peer_convolution<EigenTransform>(state, false); }
-void eigen_forward_backward(benchmark::State& state) { peer_convolution<EigenTransform>(state, true); }
-#if INTERSTATE_BENCH_FFTW
-void fftw_forward(benchmark::State& state) { peer_convolution<FftwTransform>(state, false); }
-void fftw_forward_backward(benchmark::State& state) { peer_convolution<FftwTransform>(state, true); }
-#endif
+/// Arguments of the benchmark: whether tensors are rows, whether backward runs too.
+template <class Transform, bool rows>
+void peer_forward(benchmark::State& state) {
+    peer_convolution<Transform>(state, rows, false);
+}
+template <class Transform, bool rows>
+void peer_forward_backward(benchmark::State& state) {
+    peer_convolution<Transform>(state, rows, true);
+}
 
 /// K alone. Arguments: L, H, N, threads.
 void kernel(benchmark::State& state) {
@@ -403,11 +441,13 @@ BENCHMARK_TEMPLATE(forward_backward, interstate::f64)->Apply(other_dtypes);
 BENCHMARK_TEMPLATE(forward_backward, interstate::f16)->Apply(other_dtypes);
 BENCHMARK_TEMPLATE(forward_backward, interstate::bf16)->Apply(other_dtypes);
 #if INTERSTATE_BENCH_FFTW
-BENCHMARK(fftw_forward)->Apply(peer_shapes);
-BENCHMARK(fftw_forward_backward)->Apply(peer_shapes);
+BENCHMARK_TEMPLATE(peer_forward, FftwTransform, false)->Apply(peer_shapes);
+BENCHMARK_TEMPLATE(peer_forward, FftwTransform, true)->Apply(peer_shapes);
+BENCHMARK_TEMPLATE(peer_forward_backward, FftwTransform, false)->Apply(peer_shapes);
+BENCHMARK_TEMPLATE(peer_forward_backward, FftwTransform, true)->Apply(peer_shapes);
 #endif
-BENCHMARK(eigen_forward)->Apply(peer_shapes);
-BENCHMARK(eigen_forward_backward)->Apply(peer_shapes);
+BENCHMARK_TEMPLATE(peer_forward, EigenTransform, false)->Apply(peer_shapes);
+BENCHMARK_TEMPLATE(peer_forward_backward, EigenTransform, false)->Apply(peer_shapes);
 BENCHMARK(kernel)->ArgNames({"L", "H", "N", "threads"})->Args({4096, 256, 32, 2})->Args({65536, 64, 32, 2})->Apply(bench::timed);
 BENCHMARK(step)->ArgNames({"H", "N"})->Args({128, 32})->Args({1024, 32})->Apply(bench::timed)->Unit(benchmark::kMicrosecond);
 

@@ -108,7 +108,8 @@ void report(benchmark::State& state, double flops, int threads, double error) {
     state.counters["error"] = error;
 }
 
-/// Milliseconds of wall time, and with --benchmark_repetitions their minimum beside mean and median.
+/// Milliseconds of wall time, and with --benchmark_repetitions their minimum beside mean and median. (Beside a
+/// rate, the minimum is that of the rate: the slowest repetition's.)
 inline void timed(benchmark::internal::Benchmark* b) {
     b->Unit(benchmark::kMillisecond)->UseRealTime()->ComputeStatistics("min", [](const std::vector<double>& v) {
         return *std::min_element(v.begin(), v.end());

@@ -17,12 +17,13 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace s4d {
 
 namespace detail {
-/// What Method::automatic stands for on the CPU: the fastest of forward and backward together, from times per
-/// channel and token of docs/benchmarks/s4d.md (EPYC with AVX-512, one thread, float32, in ns):
-/// chunked 3 + 0.45 N a direction; fft 0.8 log2 m for each of its m >= L places while buffers of the
-/// transform fit the second-level cache, 17 beyond, and 0.3 N for K, which a batch shares. Below a chunk
-/// of tokens a call is a piece of a stream, which carries states: the recurrence has the least to set up.
-/// Packed sequences differ in length, and K would be transformed for each of them: no fft.
+/// What Method::automatic stands for on the CPU: the fastest of forward and backward together, by a model of
+/// nanoseconds per channel and token on one thread (EPYC with AVX-512, float32; fitted for B 1 to 64, L 4 to 65,536,
+/// N 1 to 256; some of it in docs/benchmarks/s4d.md). chunked: 3 + 0.45 N a direction. fft: 0.8 log2 m for
+/// each of its m >= L places while buffers of the transform fit the second-level cache, 17 beyond, and
+/// 0.3 N for K, which a batch shares. Below a chunk of tokens a call is a piece of a stream, which carries
+/// states: the recurrence has the least to set up. Packed sequences differ in length, and K would be
+/// transformed for each of them: no fft.
 inline Method cpu_method(const Options& options, const Shape& s) {
     if (options.method != Method::automatic) return options.method;
     const Index mean = s.packed() ? s.length / std::max<Index>(s.sequences, 1) : s.length;
