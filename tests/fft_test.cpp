@@ -65,15 +65,16 @@ void check(Isa isa, Index m) {
             add(product[(j % m) * 2 * W + (j < m ? 0 : W) + lane], (lane + 1.0) * (lane + 1.0) * want[j]);
     EXPECT_LE(std::sqrt(error / norm), bound) << "convolution, m=" << m << " " << to_string(isa);
 
-    // Correlations: lag l of sum_t g[t] x[t-l] is coefficient l, lag -l is coefficient 2m - l, negated. The sum
-    // over two calls, and the other gradient, of conj(k) g for k of m coefficients.
+    // Correlations: lag l of sum_t g[t] x[t-l] is coefficient l, lag -l is coefficient 2m - l, negated. The
+    // sum over two calls, and the other gradient, of conj(k) g for k of m coefficients.
     std::vector<double> g(m);
     for (double& e : g) e = static_cast<float>(r.normal());
     const auto k_values = c.values(k);
     auto dx = c.values(g), again = dx;
     std::vector<A> dk(m * 2 * W, A(0));
     for (auto* dy : {&dx, &again})
-        simd::run_body<fft::Correlate<A>>(isa, X.data(), k_values.data(), dy->data(), dk.data(), m, A(1) / static_cast<A>(m));
+        simd::run_body<fft::Correlate<A>>(isa, X.data(), k_values.data(), dy->data(), dk.data(), m,
+                                          A(1) / static_cast<A>(m));
     c.invert(dx);
     c.invert(dk);
     error = norm = 0.0;
@@ -110,11 +111,13 @@ TEST(Fft, RootsAreThoseOfTheTree) {
         const double* c = roots.data() + 2 * ((Index{1} << level) - 1 + k);
         return std::complex<double>(c[0], c[1]);
     };
-    EXPECT_NEAR(std::abs(at(0, 0) * at(0, 0) - std::complex<double>(0.0, 1.0)), 0.0, 1e-15);  // c^2 = i at the root
+    EXPECT_NEAR(std::abs(at(0, 0) * at(0, 0) - std::complex<double>(0.0, 1.0)), 0.0,
+                1e-15);  // c^2 = i at the root
     for (Index level = 0; level + 1 < 8; ++level)
         for (Index k = 0; k < (Index{1} << level); ++k) {  // children's c^2 are c and -c
             EXPECT_NEAR(std::abs(at(level + 1, 2 * k) * at(level + 1, 2 * k) - at(level, k)), 0.0, 1e-15);
-            EXPECT_NEAR(std::abs(at(level + 1, 2 * k + 1) * at(level + 1, 2 * k + 1) + at(level, k)), 0.0, 1e-15);
+            EXPECT_NEAR(std::abs(at(level + 1, 2 * k + 1) * at(level + 1, 2 * k + 1) + at(level, k)), 0.0,
+                        1e-15);
         }
     EXPECT_EQ(fft::size_for(0), 1);
     EXPECT_EQ(fft::size_for(1), 1);

@@ -41,12 +41,14 @@ struct Parameters {
         : H(h), N(n), log_dt(h), log_neg_re(h * n), im(h * n), D(h), B(h * n), C(h * n) {}
     /// Views of the first `channels` channels.
     s4d::BasicParams<P, complex<P>> mutable_views(Index channels) {
-        return {view(log_dt.data(), {channels}), view(log_neg_re.data(), {channels, N}), view(im.data(), {channels, N}),
-                view(B.data(), {channels, N}),   view(C.data(), {channels, N}),          view(D.data(), {channels})};
+        return {view(log_dt.data(), {channels}), view(log_neg_re.data(), {channels, N}),
+                view(im.data(), {channels, N}),  view(B.data(), {channels, N}),
+                view(C.data(), {channels, N}),   view(D.data(), {channels})};
     }
     s4d::Params<P> views(Index channels) const {
-        return {view(log_dt.data(), {channels}), view(log_neg_re.data(), {channels, N}), view(im.data(), {channels, N}),
-                view(B.data(), {channels, N}),   view(C.data(), {channels, N}),          view(D.data(), {channels})};
+        return {view(log_dt.data(), {channels}), view(log_neg_re.data(), {channels, N}),
+                view(im.data(), {channels, N}),  view(B.data(), {channels, N}),
+                view(C.data(), {channels, N}),   view(D.data(), {channels})};
     }
 };
 
@@ -60,8 +62,18 @@ struct Problem {
     std::vector<char> forward_memory, backward_memory, saved_memory;
 
     Problem(Index b, Index l, Index h, Index n, int threads, Method method)
-        : B(b), L(l), H(h), N(n), exec{.threads = threads}, options{.method = method}, u(b * l * h), y(u.size()),
-          dy(u.size()), du(u.size()), params(h, n), grads(h, n) {
+        : B(b),
+          L(l),
+          H(h),
+          N(n),
+          exec{.threads = threads},
+          options{.method = method},
+          u(b * l * h),
+          y(u.size()),
+          dy(u.size()),
+          du(u.size()),
+          params(h, n),
+          grads(h, n) {
         for (std::size_t i = 0; i < u.size(); ++i) {
             u[i] = T(std::sin(0.1f * static_cast<float>(i % 1009)));
             dy[i] = T(std::cos(0.3f * static_cast<float>(i % 997)));
@@ -82,10 +94,12 @@ struct Problem {
     }
     void forward(bool save) {
         check(s4d::forward(exec, options, inputs(H), s4d::Outputs<T>{.y = tokens<T>(y, H)},
-                           save ? Saved{saved_memory.data(), saved_memory.size()} : Saved{}, memory(forward_memory)));
+                           save ? Saved{saved_memory.data(), saved_memory.size()} : Saved{},
+                           memory(forward_memory)));
     }
     void backward() {
-        check(s4d::backward(exec, options, inputs(H), s4d::Outputs<T>{}, Saved{saved_memory.data(), saved_memory.size()},
+        check(s4d::backward(exec, options, inputs(H), s4d::Outputs<T>{},
+                            Saved{saved_memory.data(), saved_memory.size()},
                             s4d::Upstream<T>{.y = tokens<const T>(dy, H)},
                             s4d::Grads<T, float>{.u = tokens<T>(du, H), .params = grads.mutable_views(H)},
                             memory(backward_memory)));
@@ -93,7 +107,8 @@ struct Problem {
     /// Of the last call, against the reference.
     double error(bool with_backward) {
         const Index few = std::min<Index>(H, 4);
-        std::vector<double> u64(u.begin(), u.end()), dy64(dy.begin(), dy.end()), y64(u.size()), du64(u.size());
+        std::vector<double> u64(u.begin(), u.end()), dy64(dy.begin(), dy.end()), y64(u.size()),
+            du64(u.size());
         Parameters<double> p(H, N), g(H, N);
         const auto widen = [](const auto& from, auto& to) {
             for (std::size_t i = 0; i < from.size(); ++i) {
@@ -108,14 +123,15 @@ struct Problem {
         const s4d::Inputs<double> in{.u = tokens<const double>(u64, few), .params = p.views(few)};
         std::vector<char> scratch(workspace_size(reference{}, options, shape_of(in), pass::backward));
         bench::Error e;
-        check(s4d::forward(reference{}, options, in, s4d::Outputs<double>{.y = tokens<double>(y64, few)}, Saved{},
-                           memory(scratch)));
+        check(s4d::forward(reference{}, options, in, s4d::Outputs<double>{.y = tokens<double>(y64, few)},
+                           Saved{}, memory(scratch)));
         e.add(tokens<T>(y, few), tokens<double>(y64, few));
         if (!with_backward) return e.worst();
-        check(s4d::backward(reference{}, options, in, s4d::Outputs<double>{}, Saved{},
-                            s4d::Upstream<double>{.y = tokens<const double>(dy64, few)},
-                            s4d::Grads<double>{.u = tokens<double>(du64, few), .params = g.mutable_views(few)},
-                            memory(scratch)));
+        check(
+            s4d::backward(reference{}, options, in, s4d::Outputs<double>{}, Saved{},
+                          s4d::Upstream<double>{.y = tokens<const double>(dy64, few)},
+                          s4d::Grads<double>{.u = tokens<double>(du64, few), .params = g.mutable_views(few)},
+                          memory(scratch)));
         e.add(tokens<T>(du, few), tokens<double>(du64, few));
         const auto got = grads.mutable_views(few);
         const auto want = g.mutable_views(few);
@@ -125,9 +141,11 @@ struct Problem {
     }
     double useful_flops(bool with_backward) const {
         const double places = static_cast<double>(B * L * H), n = static_cast<double>(N);
-        const Method method = s4d::detail::cpu_method(options, shape_of(const_cast<Problem*>(this)->inputs(H)));
+        const Method method =
+            s4d::detail::cpu_method(options, shape_of(const_cast<Problem*>(this)->inputs(H)));
         if (method == Method::scan) return places * n * (with_backward ? 48.0 : 16.0);
-        if (method == Method::chunked) return 2.0 * places * (4.75 * n + 8.5 + (with_backward ? 10.0 * n + 17.0 : 0.0));
+        if (method == Method::chunked)
+            return 2.0 * places * (4.75 * n + 8.5 + (with_backward ? 10.0 * n + 17.0 : 0.0));
         const double m = static_cast<double>(fft::size_for(L)), transform = 5.0 * m * std::log2(m);
         const double rows = static_cast<double>(B * H), kernels = static_cast<double>(H);
         return transform * (rows * (with_backward ? 5.0 : 2.0) + kernels * (with_backward ? 2.0 : 1.0)) +
@@ -138,7 +156,11 @@ struct Problem {
 // Arguments: B, L, H, N, threads, method (0 automatic, 1 fft, 2 scan, 3 chunked).
 template <class T>
 Problem<T> problem(const benchmark::State& state) {
-    return {state.range(0), state.range(1), state.range(2), state.range(3), static_cast<int>(state.range(4)),
+    return {state.range(0),
+            state.range(1),
+            state.range(2),
+            state.range(3),
+            static_cast<int>(state.range(4)),
             static_cast<Method>(state.range(5))};
 }
 template <class T>
@@ -171,7 +193,8 @@ void backward(benchmark::State& state) {
 template <class T>
 class Aligned {
   public:
-    explicit Aligned(Index n) : data_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64)), std::free) {
+    explicit Aligned(Index n)
+        : data_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64)), std::free) {
         if (!data_) throw std::bad_alloc();
         std::uninitialized_fill_n(data_.get(), n, T());
     }
@@ -224,9 +247,9 @@ class FftwTransform {
 };
 #endif
 
-/// The layer (without D) as a peer would build it: our K, their transforms of 2L places, spectra of u and K kept
-/// for backward, threads over blocks of 16 channels. `rows`: the tensors already are (B, H, L), which spares the
-/// peer what the layer's own (B, L, H) costs it, the copies to rows and back.
+/// The layer (without D) as a peer would build it: our K, their transforms of 2L places, spectra of u and K
+/// kept for backward, threads over blocks of 16 channels. `rows`: the tensors already are (B, H, L), which
+/// spares the peer what the layer's own (B, L, H) costs it, the copies to rows and back.
 template <class Transform>
 void peer_convolution(benchmark::State& state, bool rows, bool with_backward) {
     const Index B = state.range(0), L = state.range(1), H = state.range(2), N = state.range(3), few = 16;
@@ -259,12 +282,19 @@ void peer_convolution(benchmark::State& state, bool rows, bool with_backward) {
         Aligned<float> x, in, out;
         Aligned<std::complex<float>> z, v, k, sum;
         Worker(Index size, Index values, Index length, Index channels)
-            : transform(size), x(size), in(channels * length), out(channels * length), z(values), v(values),
-              k(channels * values), sum(channels * values) {}
+            : transform(size),
+              x(size),
+              in(channels * length),
+              out(channels * length),
+              z(values),
+              v(values),
+              k(channels * values),
+              sum(channels * values) {}
     };
     std::vector<std::unique_ptr<Worker>> workers;
     for (int t = 0; t < exec.threads; ++t) workers.push_back(std::make_unique<Worker>(n, stride, L, few));
-    const Aligned<std::complex<float>> K_values(with_backward ? H * stride : 1), u_values(with_backward ? B * H * stride : 1);
+    const Aligned<std::complex<float>> K_values(with_backward ? H * stride : 1),
+        u_values(with_backward ? B * H * stride : 1);
     const auto transform_row = [&](Worker& w, const float* from, std::complex<float>* values) {
         std::copy_n(from, L, w.x.data());
         std::fill_n(w.x.data() + L, n - L, 0.0f);
@@ -329,17 +359,21 @@ void peer_convolution(benchmark::State& state, bool rows, bool with_backward) {
                     auto* sum = w.sum.data() + c * stride;
                     transform_row(w, from + c * L, z);
                     for (Index i = 0; i < half; ++i) {
-                        const float re = w.transform.scale() * z[i].real(), im = w.transform.scale() * z[i].imag();
-                        sum[i] += std::complex<float>(v[i].real() * re + v[i].imag() * im, v[i].real() * im - v[i].imag() * re);
+                        const float re = w.transform.scale() * z[i].real(),
+                                    im = w.transform.scale() * z[i].imag();
+                        sum[i] += std::complex<float>(v[i].real() * re + v[i].imag() * im,
+                                                      v[i].real() * im - v[i].imag() * re);
                         z[i] = {k[i].real() * re + k[i].imag() * im, k[i].real() * im - k[i].imag() * re};
                     }
                     invert_row(w, z, to + c * L);
                 }
                 write(w, du, b, h, width);
             }
-            for (Index c = 0; c < width; ++c) invert_row(w, w.sum.data() + c * stride, dK.data() + (h + c) * L);
+            for (Index c = 0; c < width; ++c)
+                invert_row(w, w.sum.data() + c * stride, dK.data() + (h + c) * L);
         });
-        check(generate_kernel_backward(exec, options, p.params.views(H), view(static_cast<const float*>(dK.data()), {H, L}),
+        check(generate_kernel_backward(exec, options, p.params.views(H),
+                                       view(static_cast<const float*>(dK.data()), {H, L}),
                                        grads.mutable_views(H), ws));
     }
     bench::Error e;
@@ -368,13 +402,15 @@ void kernel(benchmark::State& state) {
     check(initialize(s4d::Init::lin, 1, params.mutable_views(H)));
     std::vector<float> K(H * L);
     const auto K_view = view(K.data(), {H, L});
-    std::vector<char> memory(
-        generate_kernel_workspace_size(exec, s4d::Options{}, shape_of(params.views(H), K_view), pass::forward));
+    std::vector<char> memory(generate_kernel_workspace_size(
+        exec, s4d::Options{}, shape_of(params.views(H), K_view), pass::forward));
     for (auto _ : state)
-        check(generate_kernel(exec, s4d::Options{}, params.views(H), K_view, Workspace{memory.data(), memory.size()}));
+        check(generate_kernel(exec, s4d::Options{}, params.views(H), K_view,
+                              Workspace{memory.data(), memory.size()}));
     const Index few = std::min<Index>(H, 4);
     std::vector<double> want(few * L);
-    check(generate_kernel(reference{}, s4d::Options{}, params.views(few), view(want.data(), {few, L}), Workspace{}));
+    check(generate_kernel(reference{}, s4d::Options{}, params.views(few), view(want.data(), {few, L}),
+                          Workspace{}));
     bench::Error e;
     e.add(view(K.data(), {few, L}), view(want.data(), {few, L}));
     bench::report<float>(state, 4.5 * static_cast<double>(L * H * N), exec.threads, e.worst());
@@ -387,13 +423,14 @@ void step(benchmark::State& state) {
     std::vector<complex<double>> Abar(H * N), Bbar(H * N);
     std::vector<complex<float>> x(H * N);
     const auto params = p.params.views(H);
-    const s4d::Discrete<float> discrete{view(Abar.data(), {H, N}), view(Bbar.data(), {H, N}), params.C, params.D};
+    const s4d::Discrete<float> discrete{view(Abar.data(), {H, N}), view(Bbar.data(), {H, N}), params.C,
+                                        params.D};
     check(discretize(p.exec, p.options, params, discrete));
     const s4d::Token<float> token{view(static_cast<const float*>(p.u.data()), {Index{1}, H})};
     const s4d::TokenOut<float> out{view(p.y.data(), {Index{1}, H})};
     const auto run = [&] {
-        check(s4d::step(p.exec, p.options, discrete, s4d::State<float>{view(x.data(), {Index{1}, H, N})}, token, out,
-                        Workspace{}));
+        check(s4d::step(p.exec, p.options, discrete, s4d::State<float>{view(x.data(), {Index{1}, H, N})},
+                        token, out, Workspace{}));
     };
     for (auto _ : state) run();
     std::fill(x.begin(), x.end(), complex<float>{});
@@ -448,7 +485,16 @@ BENCHMARK_TEMPLATE(peer_forward_backward, FftwTransform, true)->Apply(peer_shape
 #endif
 BENCHMARK_TEMPLATE(peer_forward, EigenTransform, false)->Apply(peer_shapes);
 BENCHMARK_TEMPLATE(peer_forward_backward, EigenTransform, false)->Apply(peer_shapes);
-BENCHMARK(kernel)->ArgNames({"L", "H", "N", "threads"})->Args({4096, 256, 32, 2})->Args({65536, 64, 32, 2})->Apply(bench::timed);
-BENCHMARK(step)->ArgNames({"H", "N"})->Args({128, 32})->Args({1024, 32})->Apply(bench::timed)->Unit(benchmark::kMicrosecond);
+BENCHMARK(kernel)
+    ->ArgNames({"L", "H", "N", "threads"})
+    ->Args({4096, 256, 32, 2})
+    ->Args({65536, 64, 32, 2})
+    ->Apply(bench::timed);
+BENCHMARK(step)
+    ->ArgNames({"H", "N"})
+    ->Args({128, 32})
+    ->Args({1024, 32})
+    ->Apply(bench::timed)
+    ->Unit(benchmark::kMicrosecond);
 
 }  // namespace

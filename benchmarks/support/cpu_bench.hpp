@@ -30,7 +30,8 @@ struct FmaChains {
         const V a = simd::load<V>(values), b = simd::load<V>(values + V::lanes);
         V x[chains];
         INTERSTATE_UNROLL
-        for (int i = 0; i < chains; ++i) x[i] = simd::load<V>(values + i);  // all different: equal chains would be one
+        for (int i = 0; i < chains; ++i)
+            x[i] = simd::load<V>(values + i);  // all different: equal chains would be one
         for (Index t = 0; t < steps; ++t) {
             INTERSTATE_UNROLL
             for (int i = 0; i < chains; ++i) x[i] = simd::fma(x[i], a, b);
@@ -52,9 +53,11 @@ double fma_ceiling(int threads) {
     constexpr Index steps = 1 << 20;
     std::vector<A> values(static_cast<std::size_t>(threads) * 64);
     for (int repeat = 0; repeat < 20; ++repeat) {
-        for (std::size_t i = 0; i < values.size(); ++i) values[i] = A(0.5) + A(0.001) * static_cast<A>(i % 64);
+        for (std::size_t i = 0; i < values.size(); ++i)
+            values[i] = A(0.5) + A(0.001) * static_cast<A>(i % 64);
         const auto begin = std::chrono::steady_clock::now();
-        parallel_for(threads, threads, [&](Index t, int) { simd::run_body<FmaChains<A>>(isa, values.data() + t * 64, steps); });
+        parallel_for(threads, threads,
+                     [&](Index t, int) { simd::run_body<FmaChains<A>>(isa, values.data() + t * 64, steps); });
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
         const double flops = static_cast<double>(FmaChains<A>::flops(isa) * steps * threads);
         best = std::max(best, flops / seconds.count() * 1e-9);
@@ -103,17 +106,19 @@ void report(benchmark::State& state, double flops, int threads, double error) {
     if (flops > 0.0) {
         const double giga = flops * static_cast<double>(state.iterations()) * 1e-9;
         state.counters["GFLOP/s"] = benchmark::Counter(giga, benchmark::Counter::kIsRate);
-        state.counters["%FMA"] = benchmark::Counter(100.0 * giga / fma_ceiling<A>(threads), benchmark::Counter::kIsRate);
+        state.counters["%FMA"] =
+            benchmark::Counter(100.0 * giga / fma_ceiling<A>(threads), benchmark::Counter::kIsRate);
     }
     state.counters["error"] = error;
 }
 
-/// Milliseconds of wall time, and with --benchmark_repetitions their minimum beside mean and median. (Beside a
-/// rate, the minimum is that of the rate: the slowest repetition's.)
+/// Milliseconds of wall time, and with --benchmark_repetitions their minimum beside mean and median. (Beside
+/// a rate, the minimum is that of the rate: the slowest repetition's.)
 inline void timed(benchmark::internal::Benchmark* b) {
-    b->Unit(benchmark::kMillisecond)->UseRealTime()->ComputeStatistics("min", [](const std::vector<double>& v) {
-        return *std::min_element(v.begin(), v.end());
-    });
+    b->Unit(benchmark::kMillisecond)
+        ->UseRealTime()
+        ->ComputeStatistics(
+            "min", [](const std::vector<double>& v) { return *std::min_element(v.begin(), v.end()); });
 }
 
 }  // namespace interstate::bench

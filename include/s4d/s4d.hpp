@@ -18,9 +18,9 @@ namespace s4d {
 
 namespace detail {
 /// What Method::automatic stands for on the CPU: the fastest of forward and backward together, by a model of
-/// nanoseconds per channel and token on one thread (EPYC with AVX-512, float32; fitted for B 1 to 64, L 4 to 65,536,
-/// N 1 to 256; some of it in docs/benchmarks/s4d.md). chunked: 3 + 0.45 N a direction. fft: 0.8 log2 m for
-/// each of its m >= L places while buffers of the transform fit the second-level cache, 17 beyond, and
+/// nanoseconds per channel and token on one thread (EPYC with AVX-512, float32; fitted for B 1 to 64, L 4 to
+/// 65,536, N 1 to 256; some of it in docs/benchmarks/s4d.md). chunked: 3 + 0.45 N a direction. fft: 0.8 log2
+/// m for each of its m >= L places while buffers of the transform fit the second-level cache, 17 beyond, and
 /// 0.3 N for K, which a batch shares. Below a chunk of tokens a call is a piece of a stream, which carries
 /// states: the recurrence has the least to set up. Packed sequences differ in length, and K would be
 /// transformed for each of them: no fft.
@@ -62,9 +62,10 @@ inline KernelChoice which_kernel(const cpu& exec, const Options& options, const 
     };
     switch (detail::cpu_method(options, shape)) {
         case Method::fft:
-            return named("s4d.cpu.fft.baseline", "s4d.cpu.fft.avx2", "s4d.cpu.fft.avx512",
-                         "convolution by transforms: modes cost once a batch, not once a token, and there are many",
-                         "convolution by transforms: as options.method asks");
+            return named(
+                "s4d.cpu.fft.baseline", "s4d.cpu.fft.avx2", "s4d.cpu.fft.avx512",
+                "convolution by transforms: modes cost once a batch, not once a token, and there are many",
+                "convolution by transforms: as options.method asks");
         case Method::scan:
             return named("s4d.cpu.scan.baseline", "s4d.cpu.scan.avx2", "s4d.cpu.scan.avx512",
                          "recurrence: sequences are shorter than a chunk of 16 tokens",
@@ -82,8 +83,8 @@ inline std::size_t saved_size(const cpu&, const Options& options, const Shape& s
     if (detail::cpu_method(options, shape) == Method::fft) return 0;
     const std::size_t element = shape.dtype == DType::f64 ? sizeof(double) : sizeof(float);
     Arena arena;
-    arena.take<std::byte>(static_cast<Index>(element) * detail::directions(shape) * detail::checkpoint_count(shape) *
-                          detail::checkpoint_size(shape));
+    arena.take<std::byte>(static_cast<Index>(element) * detail::directions(shape) *
+                          detail::checkpoint_count(shape) * detail::checkpoint_size(shape));
     return arena.required();
 }
 
@@ -100,15 +101,16 @@ inline std::size_t workspace_size(const cpu& exec, const Options& options, const
 
 /// y (B, L, H) and the final states xT. Pass `saved` memory if backward will follow, Saved{} if not.
 template <class T, class P>
-Status forward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
-               Workspace ws) {
+Status forward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out,
+               Saved saved, Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(in, out));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.length));
     if (saved.data)
-        INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
+        INTERSTATE_RETURN_IF_ERROR(
+            check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     switch (detail::cpu_method(options, shape)) {
@@ -122,14 +124,15 @@ Status forward(const cpu& requested, const Options& options, const Inputs<T, P>&
 /// Gradients of every input whose view in `grads` is not null. `saved` is what forward filled for the
 /// same inputs; `out` is not read.
 template <class T, class P>
-Status backward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>&, Saved saved,
-                const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
+Status backward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>&,
+                Saved saved, const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, grads));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.length));
-    INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
+    INTERSTATE_RETURN_IF_ERROR(
+        check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     switch (detail::cpu_method(options, shape)) {
@@ -141,19 +144,21 @@ Status backward(const cpu& requested, const Options& options, const Inputs<T, P>
 }
 
 /// Workspace of generate_kernel (pass::forward) and of its backward; shape from shape_of(params, K).
-inline std::size_t generate_kernel_workspace_size(const cpu& exec, const Options&, const Shape& shape, pass p) {
+inline std::size_t generate_kernel_workspace_size(const cpu& exec, const Options&, const Shape& shape,
+                                                  pass p) {
     const int threads = thread_count(exec.threads);
     const Isa isa = simd::resolve(exec.isa);
     return shape.dtype == DType::f64
-               ? detail::layout_size<detail::KernelLayout<double>>(shape, p, threads, simd::lanes<double>(isa))
+               ? detail::layout_size<detail::KernelLayout<double>>(shape, p, threads,
+                                                                   simd::lanes<double>(isa))
                : detail::layout_size<detail::KernelLayout<float>>(shape, p, threads, simd::lanes<float>(isa));
 }
 
 /// The Vandermonde kernel K[h,l] = 2 Re sum_n C Bbar Abar^l (eq. 14), K (H, L) in f32 or f64, in O(L + N)
 /// memory a channel.
 template <class A, class P>
-Status generate_kernel(const cpu& requested, const Options& options, const Params<P>& params, const View<A, 2>& K,
-                       Workspace ws) {
+Status generate_kernel(const cpu& requested, const Options& options, const Params<P>& params,
+                       const View<A, 2>& K, Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(params, K));
@@ -167,12 +172,14 @@ Status generate_kernel(const cpu& requested, const Options& options, const Param
 /// on, are set to zero.
 template <class A, class P>
 Status generate_kernel_backward(const cpu& requested, const Options& options, const Params<P>& params,
-                                const View<const A, 2>& dK, const BasicParams<P, complex<P>>& grads, Workspace ws) {
+                                const View<const A, 2>& dK, const BasicParams<P, complex<P>>& grads,
+                                Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(params, dK, grads));
-    INTERSTATE_RETURN_IF_ERROR(check_workspace(
-        "workspace", ws, generate_kernel_workspace_size(exec, options, shape_of(params, dK), pass::backward)));
+    INTERSTATE_RETURN_IF_ERROR(
+        check_workspace("workspace", ws,
+                        generate_kernel_workspace_size(exec, options, shape_of(params, dK), pass::backward)));
     detail::kernel_backward(exec, options, params, dK, grads, ws);
     return {};
 }

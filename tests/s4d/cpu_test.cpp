@@ -48,7 +48,8 @@ TEST(S4dCpu, EveryLengthAroundTheTiles) {
     for (const Method method : methods)
         for (const Isa isa : isas())
             for (const bool both : {false, true})
-                for (const Index L : {0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 255, 256, 257, 509, 511, 512, 513, 1021})
+                for (const Index L :
+                     {0, 1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 255, 256, 257, 509, 511, 512, 513, 1021})
                     expect_close<f32, float>(
                         make({.length = L, .channels = 5, .modes = 3, .bidirectional = both}, 100 + L),
                         {.threads = 2, .isa = isa}, {.method = method});
@@ -60,7 +61,8 @@ TEST(S4dCpu, EveryDtypeChannelAndModeCount) {
             for (const Index H : {1, 3, 7, 8, 9, 16, 17, 33})
                 for (const Index N : {1, 2, 5})
                     expect_close_in_every_dtype(
-                        make({.batch = 2, .length = 61, .channels = H, .modes = N, .bidirectional = H == 9}, 10 * H + N),
+                        make({.batch = 2, .length = 61, .channels = H, .modes = N, .bidirectional = H == 9},
+                             10 * H + N),
                         {.threads = 2, .isa = isa}, {.method = method});
 }
 
@@ -68,7 +70,8 @@ TEST(S4dCpu, AnyModeCount) {
     for (const Method method : methods)
         for (const Isa isa : isas())
             for (const Index N : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 131}) {
-                const Case c = make({.length = 83, .channels = 3, .modes = N, .bidirectional = N % 2 == 0}, 5 + N);
+                const Case c =
+                    make({.length = 83, .channels = 3, .modes = N, .bidirectional = N % 2 == 0}, 5 + N);
                 expect_close<f32, float>(c, {.threads = 2, .isa = isa}, {.method = method});
                 expect_close<f64, double>(c, {.threads = 2, .isa = isa}, {.method = method});
             }
@@ -89,7 +92,11 @@ TEST(S4dCpu, BothDiscretizationsOptionalInputsAndParameterDtypes) {
         for (const auto disc : {Discretization::zoh, Discretization::bilinear})
             for (const bool optional : {false, true}) {
                 const s4d::Options options{.disc = disc, .method = method};
-                const Case c = make({.batch = 3, .length = 270, .channels = 18, .modes = 4, .initial_state = optional,
+                const Case c = make({.batch = 3,
+                                     .length = 270,
+                                     .channels = 18,
+                                     .modes = 4,
+                                     .initial_state = optional,
                                      .feedthrough = optional},
                                     8);
                 expect_close_in_every_dtype(c, {}, options);
@@ -102,7 +109,8 @@ TEST(S4dCpu, StatesAreOptionalOneByOne) {
     for (const Method method : methods)
         for (const bool x0 : {false, true})
             for (const bool dxT : {false, true}) {
-                Case c = make({.batch = 2, .length = 300, .channels = 6, .modes = 5, .initial_state = x0}, 77);
+                Case c =
+                    make({.batch = 2, .length = 300, .channels = 6, .modes = 5, .initial_state = x0}, 77);
                 if (!dxT) c.tensors.erase("dout.xT");
                 expect_close<f32, float>(c, {.threads = 2}, {.method = method});
                 expect_close<f64, double>(c, {.threads = 2}, {.method = method});
@@ -112,7 +120,8 @@ TEST(S4dCpu, StatesAreOptionalOneByOne) {
 TEST(S4dCpu, AnyStrides) {
     for (const Method method : methods)
         for (const bool both : {false, true}) {
-            const Case c = make({.batch = 2, .length = 265, .channels = 19, .modes = 3, .bidirectional = both}, 12);
+            const Case c =
+                make({.batch = 2, .length = 265, .channels = 19, .modes = 3, .bidirectional = both}, 12);
             for (const Layout layout : {Layout::reversed, Layout::padded})
                 expect_close_in_every_dtype(c, {.threads = 2}, {.method = method}, {.layout = layout});
         }
@@ -123,7 +132,8 @@ TEST(S4dCpu, PackedSequencesWithNaNNeighboursAndMargins) {
     for (const Method method : methods)
         for (const bool both : {false, true}) {
             const s4d::Options options{.method = method};
-            const S4dCase shape{.length = 710, .channels = 9, .modes = 4, .cu_seqlens = cu, .bidirectional = both};
+            const S4dCase shape{
+                .length = 710, .channels = 9, .modes = 4, .cu_seqlens = cu, .bidirectional = both};
             for (const double poison : {0.0, std::nan(""), std::numeric_limits<double>::infinity()}) {
                 Case c = make(shape, 4);
                 if (poison != 0.0)  // margins belong to no sequence
@@ -153,7 +163,8 @@ TEST(S4dCpu, PackedSequencesWithNaNNeighboursAndMargins) {
                         EXPECT_TRUE(std::isnan(dirty.tensors["out.y"].values[at]));
                     else
                         for (const char* name : {"out.y", "grad.u"})
-                            ASSERT_EQ(dirty.tensors[name].values[at], clean.tensors[name].values[at]) << name << t;
+                            ASSERT_EQ(dirty.tensors[name].values[at], clean.tensors[name].values[at])
+                                << name << t;
                 }
         }
 }
@@ -183,18 +194,25 @@ TEST(S4dCpu, SameBitsForAnyThreadCountAndRun) {
     for (const Method method : methods)
         for (const bool packed : {false, true})
             for (const bool both : {false, true}) {
-                S4dCase o{.batch = packed ? 1 : 19, .length = 130, .channels = 37, .modes = 3, .bidirectional = both};
+                S4dCase o{.batch = packed ? 1 : 19,
+                          .length = 130,
+                          .channels = 37,
+                          .modes = 3,
+                          .bidirectional = both};
                 if (packed)
-                    o.cu_seqlens = {0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 96, 97, 98, 99, 100, 101, 105, 130};
+                    o.cu_seqlens = {0,  10, 20, 30, 40, 50,  60,  70,  80, 90,
+                                    95, 96, 97, 98, 99, 100, 101, 105, 130};
                 const Case c = make(o, 21);
                 const s4d::Options options{.method = method};
                 Case first;
                 ASSERT_TRUE((run_case<Operator, float, float>(cpu{.threads = 1}, options, c, first).ok()));
                 for (const int threads : {1, 2, 3, 5}) {
                     Case again;
-                    ASSERT_TRUE((run_case<Operator, float, float>(cpu{.threads = threads}, options, c, again).ok()));
+                    ASSERT_TRUE(
+                        (run_case<Operator, float, float>(cpu{.threads = threads}, options, c, again).ok()));
                     for (const auto& [name, tensor] : first.tensors)
-                        EXPECT_EQ(tensor.values, again.tensors.at(name).values) << name << " with " << threads << " threads";
+                        EXPECT_EQ(tensor.values, again.tensors.at(name).values)
+                            << name << " with " << threads << " threads";
                 }
             }
 }
@@ -202,10 +220,17 @@ TEST(S4dCpu, SameBitsForAnyThreadCountAndRun) {
 /// Shapes, options and inputs at random: every method finds the same.
 TEST(S4dCpu, MethodsAgreeOnRandomCases) {
     Random r(2026);
-    const auto up_to = [&](Index n) { return static_cast<Index>(r.uniform(0.0, static_cast<double>(n) + 1.0 - 1e-9)); };
+    const auto up_to = [&](Index n) {
+        return static_cast<Index>(r.uniform(0.0, static_cast<double>(n) + 1.0 - 1e-9));
+    };
     for (int trial = 0; trial < 40; ++trial) {
-        S4dCase o{.batch = 1 + up_to(3), .length = up_to(700), .channels = 1 + up_to(20), .modes = 1 + up_to(12),
-                  .initial_state = up_to(1) == 1, .feedthrough = up_to(1) == 1, .decay = std::pow(10.0, r.uniform(-3.0, 1.0)),
+        S4dCase o{.batch = 1 + up_to(3),
+                  .length = up_to(700),
+                  .channels = 1 + up_to(20),
+                  .modes = 1 + up_to(12),
+                  .initial_state = up_to(1) == 1,
+                  .feedthrough = up_to(1) == 1,
+                  .decay = std::pow(10.0, r.uniform(-3.0, 1.0)),
                   .bidirectional = up_to(1) == 1};
         if (up_to(2) == 0) {
             o.batch = 1;
@@ -238,7 +263,9 @@ TEST(S4dCpu, PhaseHoldsOverSixtyFiveThousandTokens) {
         for (const Method method : methods)
             for (const Isa isa : isas()) {
                 Case got;
-                ASSERT_TRUE((run_case<Operator, float, float>(cpu{.threads = 2, .isa = isa}, {.method = method}, in, got).ok()));
+                ASSERT_TRUE((run_case<Operator, float, float>(cpu{.threads = 2, .isa = isa},
+                                                              {.method = method}, in, got)
+                                 .ok()));
                 EXPECT_EQ(beyond_tolerance<f32>(got, want), "") << to_string(method) << " " << to_string(isa);
             }
     }
@@ -278,10 +305,14 @@ TEST(S4dCpu, SplitsAndStepsDoNotDrift) {
             Case piece = c;
             for (Index t = 0; t < L; t += chunk) {
                 const Index count = std::min(chunk, L - t);
-                piece.tensors["u"] = {{1, count, H}, {u.values.begin() + t * H, u.values.begin() + (t + count) * H}};
+                piece.tensors["u"] = {{1, count, H},
+                                      {u.values.begin() + t * H, u.values.begin() + (t + count) * H}};
                 Case got;
-                ASSERT_TRUE((run_case<Operator, float, float>(cpu{.threads = 1}, {.method = method}, piece, got).ok()));
-                y.values.insert(y.values.end(), got.tensors["out.y"].values.begin(), got.tensors["out.y"].values.end());
+                ASSERT_TRUE(
+                    (run_case<Operator, float, float>(cpu{.threads = 1}, {.method = method}, piece, got)
+                         .ok()));
+                y.values.insert(y.values.end(), got.tensors["out.y"].values.begin(),
+                                got.tensors["out.y"].values.end());
                 piece.tensors["x0"] = got.tensors["out.xT"];
             }
             const TensorError e = compare("y", y, whole.tensors["out.y"]);
@@ -290,26 +321,32 @@ TEST(S4dCpu, SplitsAndStepsDoNotDrift) {
         }
 
     for (const Isa isa : isas()) {
-        const auto floats = [](const HostTensor& t) { return std::vector<float>(t.values.begin(), t.values.end()); };
+        const auto floats = [](const HostTensor& t) {
+            return std::vector<float>(t.values.begin(), t.values.end());
+        };
         auto log_dt = floats(c.tensors["log_dt"]), log_neg_re = floats(c.tensors["log_neg_re"]);
         auto im = floats(c.tensors["im"]), B = floats(c.tensors["B"]), C = floats(c.tensors["C"]);
         auto D = floats(c.tensors["D"]), state = floats(x0), input = floats(u);
-        const auto as_complex = [](std::vector<float>& v) { return reinterpret_cast<complex<float>*>(v.data()); };
-        const s4d::Params<float> params{view(log_dt.data(), {H}),       view(log_neg_re.data(), {H, N}),
-                                        view(im.data(), {H, N}),        view(as_complex(B), {H, N}),
-                                        view(as_complex(C), {H, N}),    view(D.data(), {H})};
+        const auto as_complex = [](std::vector<float>& v) {
+            return reinterpret_cast<complex<float>*>(v.data());
+        };
+        const s4d::Params<float> params{view(log_dt.data(), {H}),    view(log_neg_re.data(), {H, N}),
+                                        view(im.data(), {H, N}),     view(as_complex(B), {H, N}),
+                                        view(as_complex(C), {H, N}), view(D.data(), {H})};
         std::vector<complex<double>> Abar(H * N), Bbar(H * N);
-        const s4d::Discrete<float> discrete{view(Abar.data(), {H, N}), view(Bbar.data(), {H, N}), params.C, params.D};
+        const s4d::Discrete<float> discrete{view(Abar.data(), {H, N}), view(Bbar.data(), {H, N}), params.C,
+                                            params.D};
         const cpu exec{.isa = isa};
         ASSERT_TRUE(discretize(exec, s4d::Options{}, params, discrete).ok());
         std::vector<float> out(H);
         HostTensor y{{1, L, H}, {}};
         for (Index t = 0; t < L; ++t) {
-            ASSERT_TRUE(step(exec, s4d::Options{}, discrete,
-                             s4d::State<float>{view(as_complex(state), {Index{1}, H, N})},
-                             s4d::Token<float>{view(static_cast<const float*>(input.data()) + t * H, {Index{1}, H})},
-                             s4d::TokenOut<float>{view(out.data(), {Index{1}, H})}, Workspace{})
-                            .ok());
+            ASSERT_TRUE(
+                step(exec, s4d::Options{}, discrete,
+                     s4d::State<float>{view(as_complex(state), {Index{1}, H, N})},
+                     s4d::Token<float>{view(static_cast<const float*>(input.data()) + t * H, {Index{1}, H})},
+                     s4d::TokenOut<float>{view(out.data(), {Index{1}, H})}, Workspace{})
+                    .ok());
             y.values.insert(y.values.end(), out.begin(), out.end());
         }
         const TensorError e = compare("y", y, whole.tensors["out.y"]);
@@ -328,18 +365,20 @@ TEST(S4dCpu, StepTakesAnyStridesAndDtypes) {
         Bbar[i] = {r.normal(), r.normal()};
         C[i] = {static_cast<float>(r.normal()), static_cast<float>(r.normal())};
     }
-    const s4d::Discrete<float> discrete{view(Abar.data(), {H, N}), view(Bbar.data(), {H, N}),
-                                        view(static_cast<const complex<float>*>(C.data()), {H, N}), {}};
+    const s4d::Discrete<float> discrete{view(Abar.data(), {H, N}),
+                                        view(Bbar.data(), {H, N}),
+                                        view(static_cast<const complex<float>*>(C.data()), {H, N}),
+                                        {}};
     std::vector<bf16> u(B * H), y(B * H), y_reference(B * H);
     for (int t = 0; t < 5; ++t) {
         for (auto& v : u) v = bf16(r.normal());
         const s4d::Token<bf16> token{view(static_cast<const bf16*>(u.data()), {B, H})};
-        ASSERT_TRUE(step(reference{}, s4d::Options{}, discrete, s4d::State<float>{view(x.data(), {B, H, N})}, token,
-                         s4d::TokenOut<bf16>{view(y_reference.data(), {B, H})}, Workspace{})
+        ASSERT_TRUE(step(reference{}, s4d::Options{}, discrete, s4d::State<float>{view(x.data(), {B, H, N})},
+                         token, s4d::TokenOut<bf16>{view(y_reference.data(), {B, H})}, Workspace{})
                         .ok());
         const s4d::State<float> strided{view(x_strided.data(), {B, H, N}, {1, B, B * H})};
-        ASSERT_TRUE(step(cpu{}, s4d::Options{}, discrete, strided, token, s4d::TokenOut<bf16>{view(y.data(), {B, H})},
-                         Workspace{})
+        ASSERT_TRUE(step(cpu{}, s4d::Options{}, discrete, strided, token,
+                         s4d::TokenOut<bf16>{view(y.data(), {B, H})}, Workspace{})
                         .ok());
         for (Index i = 0; i < B * H; ++i)
             EXPECT_NEAR(float(y[i]), float(y_reference[i]), 0.01 * (1.0 + std::abs(float(y_reference[i]))));
@@ -369,10 +408,13 @@ TEST(S4dCpu, ErrorsComeBeforeAnythingIsWritten) {
         return true;
     };
 
-    const Status small = forward(exec, options, in, out, Saved{}, Workspace{memory.data(), memory.size() - 1});
+    const Status small =
+        forward(exec, options, in, out, Saved{}, Workspace{memory.data(), memory.size() - 1});
     EXPECT_EQ(small.code(), StatusCode::workspace_too_small);
-    EXPECT_NE(std::string(small.message()).find("must have " + std::to_string(memory.size())), std::string::npos);
-    EXPECT_EQ(forward(exec, options, in, out, Saved{memory.data(), 1}, ws).code(), StatusCode::workspace_too_small);
+    EXPECT_NE(std::string(small.message()).find("must have " + std::to_string(memory.size())),
+              std::string::npos);
+    EXPECT_EQ(forward(exec, options, in, out, Saved{memory.data(), 1}, ws).code(),
+              StatusCode::workspace_too_small);
 
     auto broadcast = out;
     broadcast.y.stride[1] = 0;
@@ -391,19 +433,21 @@ TEST(S4dCpu, ErrorsComeBeforeAnythingIsWritten) {
     const Status unsaved = backward(exec, options, in, out, Saved{}, upstream, s4d::Grads<float>{}, ws);
     EXPECT_EQ(unsaved.code(), StatusCode::workspace_too_small);
     EXPECT_EQ(std::string(unsaved.message()).rfind("saved:", 0), 0u);
-    EXPECT_EQ(forward(cpu{.threads = -7}, options, in, out, Saved{}, ws).code(), StatusCode::invalid_argument);
+    EXPECT_EQ(forward(cpu{.threads = -7}, options, in, out, Saved{}, ws).code(),
+              StatusCode::invalid_argument);
     auto huge = in;
     huge.u.extent[1] = 0;
     huge.u.extent[2] = Index{1} << 62;
     EXPECT_EQ(forward(exec, options, huge, out, Saved{}, ws).code(), StatusCode::invalid_argument);
     auto null_offsets = in;
     null_offsets.cu_seqlens.extent[0] = 3;  // no data: a dense batch
-    EXPECT_TRUE(forward(exec, options, null_offsets, s4d::Outputs<float>{.y = view(real_y.data(), {Index{1}, L, H})},
-                        Saved{}, ws)
+    EXPECT_TRUE(forward(exec, options, null_offsets,
+                        s4d::Outputs<float>{.y = view(real_y.data(), {Index{1}, L, H})}, Saved{}, ws)
                     .ok());
     for (const Isa isa : {Isa::avx2, Isa::avx512})
         if (!simd::machine_has(isa)) {
-            EXPECT_EQ(forward(cpu{.isa = isa}, options, in, out, Saved{}, ws).code(), StatusCode::unsupported);
+            EXPECT_EQ(forward(cpu{.isa = isa}, options, in, out, Saved{}, ws).code(),
+                      StatusCode::unsupported);
         }
     EXPECT_TRUE(untouched());
     EXPECT_TRUE(forward(exec, options, in, out, Saved{}, ws).ok());
@@ -416,13 +460,17 @@ TEST(S4dCpu, WhichKernelNamesMethodAndInstructionSet) {
         for (const Method method : methods)
             EXPECT_EQ(std::string(which_kernel(cpu{.isa = isa}, s4d::Options{.method = method}, shape).name),
                       std::string("s4d.cpu.") + to_string(method) + "." + to_string(isa));
-    const auto chosen = [](const s4d::Shape& s) { return std::string(which_kernel(cpu{}, s4d::Options{}, s).name); };
+    const auto chosen = [](const s4d::Shape& s) {
+        return std::string(which_kernel(cpu{}, s4d::Options{}, s).name);
+    };
     const std::string best = to_string(isas().back());
     EXPECT_EQ(chosen(shape), "s4d.cpu.chunked." + best);
     EXPECT_EQ(chosen({.batch = 64, .length = 1024, .channels = 64, .modes = 64}), "s4d.cpu.fft." + best);
     EXPECT_EQ(chosen({.batch = 64, .length = 1, .channels = 64, .modes = 64}), "s4d.cpu.scan." + best);
-    EXPECT_EQ(chosen({.batch = 1, .length = 1024, .channels = 64, .modes = 64, .sequences = 200}), "s4d.cpu.scan." + best);
-    EXPECT_EQ(chosen({.batch = 1, .length = 4096, .channels = 64, .modes = 64, .sequences = 9}), "s4d.cpu.chunked." + best);
+    EXPECT_EQ(chosen({.batch = 1, .length = 1024, .channels = 64, .modes = 64, .sequences = 200}),
+              "s4d.cpu.scan." + best);
+    EXPECT_EQ(chosen({.batch = 1, .length = 4096, .channels = 64, .modes = 64, .sequences = 9}),
+              "s4d.cpu.chunked." + best);
     EXPECT_EQ(chosen({}), "s4d.cpu.scan." + best);
     EXPECT_NE(std::string(which_kernel(cpu{}, s4d::Options{}, shape).reason),
               which_kernel(cpu{}, s4d::Options{.method = Method::chunked}, shape).reason);
@@ -449,7 +497,8 @@ struct KernelCase {
         const auto pairs = [&](const char* name) {
             const auto& v = c.tensors.at(name).values;
             std::vector<complex<P>> z;
-            for (std::size_t i = 0; i + 1 < v.size(); i += 2) z.push_back({static_cast<P>(v[i]), static_cast<P>(v[i + 1])});
+            for (std::size_t i = 0; i + 1 < v.size(); i += 2)
+                z.push_back({static_cast<P>(v[i]), static_cast<P>(v[i + 1])});
             return z;
         };
         log_dt = real("log_dt"), log_neg_re = real("log_neg_re"), im = real("im"), D = real("D");
@@ -470,8 +519,8 @@ struct KernelCase {
         return w;
     }
     s4d::Params<P> params() const {
-        return {view(log_dt.data(), {H}),   view(log_neg_re.data(), {H, N}), view(im.data(), {H, N}),
-                view(B.data(), {H, N}),     view(C.data(), {H, N}),          view(D.data(), {H})};
+        return {view(log_dt.data(), {H}), view(log_neg_re.data(), {H, N}), view(im.data(), {H, N}),
+                view(B.data(), {H, N}),   view(C.data(), {H, N}),          view(D.data(), {H})};
     }
 };
 
@@ -486,16 +535,19 @@ struct KernelGrads {
             for (auto& z : *v) z = {static_cast<P>(std::nan("")), static_cast<P>(std::nan(""))};
     }
     s4d::BasicParams<P, complex<P>> views() {
-        return {view(g.log_dt.data(), {g.H}), view(g.log_neg_re.data(), {g.H, g.N}), view(g.im.data(), {g.H, g.N}),
-                view(g.B.data(), {g.H, g.N}), view(g.C.data(), {g.H, g.N}),          view(g.D.data(), {g.H})};
+        return {view(g.log_dt.data(), {g.H}),  view(g.log_neg_re.data(), {g.H, g.N}),
+                view(g.im.data(), {g.H, g.N}), view(g.B.data(), {g.H, g.N}),
+                view(g.C.data(), {g.H, g.N}),  view(g.D.data(), {g.H})};
     }
     std::vector<std::pair<std::string, HostTensor>> tensors() const {
         std::vector<std::pair<std::string, HostTensor>> all;
-        for (const auto& [name, v] : {std::pair{"log_dt", &g.log_dt}, {"log_neg_re", &g.log_neg_re}, {"im", &g.im}, {"D", &g.D}})
+        for (const auto& [name, v] :
+             {std::pair{"log_dt", &g.log_dt}, {"log_neg_re", &g.log_neg_re}, {"im", &g.im}, {"D", &g.D}})
             all.push_back({name, {{static_cast<Index>(v->size())}, {v->begin(), v->end()}}});
         for (const auto& [name, v] : {std::pair{"B", &g.B}, {"C", &g.C}}) {
             HostTensor t{{2 * static_cast<Index>(v->size())}, {}};
-            for (const auto z : *v) t.values.insert(t.values.end(), {static_cast<double>(z.re), static_cast<double>(z.im)});
+            for (const auto z : *v)
+                t.values.insert(t.values.end(), {static_cast<double>(z.re), static_cast<double>(z.im)});
             all.push_back({name, t});
         }
         return all;
@@ -511,10 +563,14 @@ void expect_kernel_close(Index H, Index N, Index L, cpu exec, s4d::Options optio
     std::vector<double> want(H * L);
     // (L, H) in memory: any strides.
     const View<A, 2> K_view = view(K.data(), {H, L}, {1, H});
-    std::vector<char> memory(generate_kernel_workspace_size(exec, options, shape_of(c.params(), K_view), pass::forward));
-    const Status status = generate_kernel(exec, options, c.params(), K_view, Workspace{memory.data(), memory.size()});
+    std::vector<char> memory(
+        generate_kernel_workspace_size(exec, options, shape_of(c.params(), K_view), pass::forward));
+    const Status status =
+        generate_kernel(exec, options, c.params(), K_view, Workspace{memory.data(), memory.size()});
     ASSERT_TRUE(status.ok()) << status.message();
-    ASSERT_TRUE(generate_kernel(reference{}, options, wide.params(), view(want.data(), {H, L}, {1, H}), Workspace{}).ok());
+    ASSERT_TRUE(
+        generate_kernel(reference{}, options, wide.params(), view(want.data(), {H, L}, {1, H}), Workspace{})
+            .ok());
     const HostTensor truth{{H * L}, want};
     const TensorError e = compare("K", {{H * L}, {K.begin(), K.end()}}, truth);
     EXPECT_TRUE(e.finite);
@@ -525,15 +581,16 @@ void expect_kernel_close(Index H, Index N, Index L, cpu exec, s4d::Options optio
     std::vector<double> dK_wide(H * L);
     for (std::size_t i = 0; i < dK.size(); ++i) dK_wide[i] = dK[i] = static_cast<A>(r.normal());
     const View<const A, 2> dK_view = view(static_cast<const A*>(dK.data()), {H, L});
-    memory.resize(generate_kernel_workspace_size(exec, options, shape_of(c.params(), dK_view), pass::backward));
+    memory.resize(
+        generate_kernel_workspace_size(exec, options, shape_of(c.params(), dK_view), pass::backward));
     KernelGrads<P> got(H, N);
     KernelGrads<double> truth_grads(H, N);
     ASSERT_TRUE(generate_kernel_backward(exec, options, c.params(), dK_view, got.views(),
                                          Workspace{memory.data(), memory.size()})
                     .ok());
     ASSERT_TRUE(generate_kernel_backward(reference{}, options, wide.params(),
-                                         view(static_cast<const double*>(dK_wide.data()), {H, L}), truth_grads.views(),
-                                         Workspace{})
+                                         view(static_cast<const double*>(dK_wide.data()), {H, L}),
+                                         truth_grads.views(), Workspace{})
                     .ok());
     const auto all = got.tensors(), wanted = truth_grads.tensors();
     for (std::size_t i = 0; i < all.size(); ++i) {
@@ -551,7 +608,8 @@ TEST(S4dCpu, KernelGenerationAndItsBackward) {
                 expect_kernel_close<double, double>(17, 9, L, {.threads = 2, .isa = isa}, {.disc = disc});
                 expect_kernel_close<float, double>(3, 33, L, {.threads = 2, .isa = isa}, {.disc = disc});
             }
-    for (const double decay : {1e-4, 1e8}) expect_kernel_close<float, float>(3, 4, 65536, {.threads = 2}, {}, decay);
+    for (const double decay : {1e-4, 1e8})
+        expect_kernel_close<float, float>(3, 4, 65536, {.threads = 2}, {}, decay);
     expect_kernel_close<float, float>(0, 4, 16, {});
     expect_kernel_close<float, float>(4, 0, 16, {});
 
@@ -559,9 +617,15 @@ TEST(S4dCpu, KernelGenerationAndItsBackward) {
     std::vector<float> K(3 * 10);
     EXPECT_EQ(generate_kernel(cpu{}, s4d::Options{}, c.params(), view(K.data(), {3, 10}), Workspace{}).code(),
               StatusCode::workspace_too_small);
-    EXPECT_EQ(std::string(generate_kernel(cpu{}, s4d::Options{}, c.params(), view(K.data(), {2, 10}), Workspace{}).message()).rfind("log_dt", 0), 0u);
-    EXPECT_EQ(generate_kernel(cpu{.threads = -1}, s4d::Options{}, c.params(), view(K.data(), {3, 10}), Workspace{}).code(),
-              StatusCode::invalid_argument);
+    EXPECT_EQ(
+        std::string(generate_kernel(cpu{}, s4d::Options{}, c.params(), view(K.data(), {2, 10}), Workspace{})
+                        .message())
+            .rfind("log_dt", 0),
+        0u);
+    EXPECT_EQ(
+        generate_kernel(cpu{.threads = -1}, s4d::Options{}, c.params(), view(K.data(), {3, 10}), Workspace{})
+            .code(),
+        StatusCode::invalid_argument);
 }
 
 }  // namespace

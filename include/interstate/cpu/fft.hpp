@@ -48,8 +48,10 @@ void fill_roots(A* roots, Index m, int threads) {
             Index level = 0;
             while ((Index{2} << level) <= entry + 1) ++level;
             Index reverse = 0;
-            for (Index bit = 0, k = entry + 1 - (Index{1} << level); bit < level; ++bit, k >>= 1) reverse = 2 * reverse + (k & 1);
-            const double angle = std::numbers::pi * static_cast<double>(1 + 4 * reverse) / static_cast<double>(Index{4} << level);
+            for (Index bit = 0, k = entry + 1 - (Index{1} << level); bit < level; ++bit, k >>= 1)
+                reverse = 2 * reverse + (k & 1);
+            const double angle = std::numbers::pi * static_cast<double>(1 + 4 * reverse) /
+                                 static_cast<double>(Index{4} << level);
             roots[2 * entry] = static_cast<A>(std::cos(angle));
             roots[2 * entry + 1] = static_cast<A>(std::sin(angle));
         }
@@ -82,12 +84,14 @@ INTERSTATE_INLINE Pair<V> operator-(const Pair<V>& a, const Pair<V>& b) {
 /// a + c b
 template <class V>
 INTERSTATE_INLINE Pair<V> plus(const Pair<V>& a, const Pair<V>& c, const Pair<V>& b) {
-    return {simd::fnma(c.im, b.im, simd::fma(c.re, b.re, a.re)), simd::fma(c.im, b.re, simd::fma(c.re, b.im, a.im))};
+    return {simd::fnma(c.im, b.im, simd::fma(c.re, b.re, a.re)),
+            simd::fma(c.im, b.re, simd::fma(c.re, b.im, a.im))};
 }
 /// a - c b
 template <class V>
 INTERSTATE_INLINE Pair<V> minus(const Pair<V>& a, const Pair<V>& c, const Pair<V>& b) {
-    return {simd::fma(c.im, b.im, simd::fnma(c.re, b.re, a.re)), simd::fnma(c.im, b.re, simd::fnma(c.re, b.im, a.im))};
+    return {simd::fma(c.im, b.im, simd::fnma(c.re, b.re, a.re)),
+            simd::fnma(c.im, b.re, simd::fnma(c.re, b.im, a.im))};
 }
 /// conj(c) b
 template <class V>
@@ -165,7 +169,8 @@ INTERSTATE_INLINE void ascend(A* x, Index size, Index level, Index k, Index from
     Index s = size, nodes = 1, down = 0;
     for (; s > from && s > 2; s /= 4, nodes *= 4) ++down;
     if (s == 2 && s > from)
-        for (Index i = 0; i < nodes; ++i) join2<V>(x + i * 4 * V::lanes, level + 2 * down, k * nodes + i, roots);
+        for (Index i = 0; i < nodes; ++i)
+            join2<V>(x + i * 4 * V::lanes, level + 2 * down, k * nodes + i, roots);
     for (; down > 0; --down) {
         nodes /= 4;
         s *= 4;
@@ -185,7 +190,8 @@ struct Forward {
         Index leaf = m, level = 0;
         for (; leaf > detail::subtree; leaf /= 4) level += 2;
         detail::descend<V>(x, m, 0, 0, leaf, roots);
-        for (Index k = 0; k < m / leaf; ++k) detail::descend<V>(x + k * leaf * 2 * V::lanes, leaf, level, k, 1, roots);
+        for (Index k = 0; k < m / leaf; ++k)
+            detail::descend<V>(x + k * leaf * 2 * V::lanes, leaf, level, k, 1, roots);
     }
 };
 
@@ -197,7 +203,8 @@ struct Inverse {
         using V = simd::Native<Set, A>;
         Index leaf = m, level = 0;
         for (; leaf > detail::subtree; leaf /= 4) level += 2;
-        for (Index k = 0; k < m / leaf; ++k) detail::ascend<V>(x + k * leaf * 2 * V::lanes, leaf, level, k, 1, roots);
+        for (Index k = 0; k < m / leaf; ++k)
+            detail::ascend<V>(x + k * leaf * 2 * V::lanes, leaf, level, k, 1, roots);
         detail::ascend<V>(x, m, 0, 0, leaf, roots);
     }
 };
@@ -211,7 +218,8 @@ struct Convolve {
         const V s = simd::broadcast<V>(scale);
         for (Index at = 0; at < m * 2 * V::lanes; at += 2 * V::lanes) {
             const auto a = detail::get<V>(x + at), b = detail::get<V>(y + at);
-            detail::put(y + at, detail::Pair<V>{s * simd::fnma(a.im, b.im, a.re * b.re), s * simd::fma(a.im, b.re, a.re * b.im)});
+            detail::put(y + at, detail::Pair<V>{s * simd::fnma(a.im, b.im, a.re * b.re),
+                                                s * simd::fma(a.im, b.re, a.re * b.im)});
         }
     }
 };
@@ -226,7 +234,8 @@ struct Correlate {
         for (Index at = 0; at < m * 2 * V::lanes; at += 2 * V::lanes) {
             auto g = detail::get<V>(dy + at);
             g = {s * g.re, s * g.im};
-            detail::put(sum_k + at, detail::get<V>(sum_k + at) + detail::turn_back(detail::get<V>(x + at), g));
+            detail::put(sum_k + at,
+                        detail::get<V>(sum_k + at) + detail::turn_back(detail::get<V>(x + at), g));
             detail::put(dy + at, detail::turn_back(detail::get<V>(k + at), g));
         }
     }

@@ -64,7 +64,8 @@ struct ChunkForward {
         for (Index n0 = 0; n0 < args.modes; n0 += mode_block) {
             const Index block = std::min(mode_block, args.modes - n0);
             const A* power = args.tables.power + n0 * chunk_tokens * 2 * W;
-            collect_tile<Set, 2>(args.u + (chunk_tokens - 1) * W, Index{-W}, power, rows.padded, block, args.scratch, Y_row);
+            collect_tile<Set, 2>(args.u + (chunk_tokens - 1) * W, Index{-W}, power, rows.padded, block,
+                                 args.scratch, Y_row);
             for (Index n = 0; n < block; ++n) {
                 const A* coefficient = args.tables.coefficient + (n0 + n) * Coefficients::rows * W;
                 const double* exact = args.tables.exact + (n0 + n) * Exact::rows * W;
@@ -96,7 +97,8 @@ struct ChunkForward {
                 }
             }
             for (Index r = 0; r < rows.padded; r += row_group)
-                spread<L::tokens, 2, V>(args.y + r * chunk_tokens * W, W, power, args.scratch + r * Y_row, Y_row, block);
+                spread<L::tokens, 2, V>(args.y + r * chunk_tokens * W, W, power, args.scratch + r * Y_row,
+                                        Y_row, block);
         }
     }
 };
@@ -121,14 +123,15 @@ struct ChunkBackward {
     };
 
     template <class V>
-    static INTERSTATE_INLINE void multiply_add(Complexes<V>& sum, const Complexes<V>& a, const Complexes<V>& b) {
+    static INTERSTATE_INLINE void multiply_add(Complexes<V>& sum, const Complexes<V>& a,
+                                               const Complexes<V>& b) {
         sum = fma(a, b, sum);
     }
 
     /// dK[j] += sum of dy[r, k] u[r, k-j] over the tile (eq. 17).
     template <int Taps, class V>
     static INTERSTATE_INLINE void kernel_gradient(const A* u, const A* dy, Index rows, double* dK) {
-        using Wide = simd::Vec<double, V::lanes * static_cast<int>(sizeof(A)) / 8>;
+        using Wide = simd::Vec<double, V::lanes* static_cast<int>(sizeof(A)) / 8>;
         constexpr int W = V::lanes;
         INTERSTATE_UNROLL
         for (int j0 = 0; j0 < chunk_tokens; j0 += Taps) {
@@ -142,7 +145,8 @@ struct ChunkBackward {
                     INTERSTATE_UNROLL
                     for (int j = 0; j < Taps; ++j)
                         if (j0 + j <= k)
-                            sum[j] = simd::fma(dyk, simd::load<V>(u + (r * chunk_tokens + k - j0 - j) * W), sum[j]);
+                            sum[j] = simd::fma(dyk, simd::load<V>(u + (r * chunk_tokens + k - j0 - j) * W),
+                                               sum[j]);
                 }
             }
             INTERSTATE_UNROLL
@@ -172,20 +176,20 @@ struct ChunkBackward {
         const TileRows rows(args.count);
         const Index used = rows.whole + (rows.last ? 1 : 0);
         constexpr Index Z_row = mode_block * 2 * W;
-        A* Z = args.scratch;                     // (16, mode_block, 2, W): what is spread over du
-        A* w = Z + tile_chunks * Z_row;          // (16, 4, W)
-        A* q = w + tile_chunks * 4 * W;          // (16, 4, W)
-        A* X = q + tile_chunks * 4 * W;          // (16, 2, W)
-        A* Z_last = X + tile_chunks * 2 * W;     // (4 rows of Z, the first used): of a short chunk
-        A* du_last = Z_last + row_group * Z_row; // (4 chunks)
+        A* Z = args.scratch;                      // (16, mode_block, 2, W): what is spread over du
+        A* w = Z + tile_chunks * Z_row;           // (16, 4, W)
+        A* q = w + tile_chunks * 4 * W;           // (16, 4, W)
+        A* X = q + tile_chunks * 4 * W;           // (16, 2, W)
+        A* Z_last = X + tile_chunks * 2 * W;      // (4 rows of Z, the first used): of a short chunk
+        A* du_last = Z_last + row_group * Z_row;  // (4 chunks)
         A* local = du_last + row_group * chunk_tokens * W;
         const A* kernel = args.tables.kernel + (args.reverse ? chunk_tokens * W : 0);
         constexpr Index backwards = -W;
         const Index end = (chunk_tokens - 1) * W;
 
         for (Index r = 0; r < rows.padded; r += row_group)
-            convolve<L::tokens, V>(args.dy + r * chunk_tokens * W + end, args.du + r * chunk_tokens * W + end, backwards,
-                                   kernel);
+            convolve<L::tokens, V>(args.dy + r * chunk_tokens * W + end, args.du + r * chunk_tokens * W + end,
+                                   backwards, kernel);
         kernel_gradient<Set::registers == 32 ? 16 : 8, V>(args.u, args.dy, used, args.dK);
 
         for (Index n0 = 0; n0 < args.modes; n0 += mode_block) {
@@ -216,8 +220,8 @@ struct ChunkBackward {
                 if (rows.last) {
                     // The short chunk: x is the state before it, g what comes from after the sequence.
                     const Index r = rows.whole;
-                    collect<1, 1, 4, V>(args.u + (r * chunk_tokens + rows.last - 1) * W, backwards, power, rows.last, local,
-                                        0, 0);
+                    collect<1, 1, 4, V>(args.u + (r * chunk_tokens + rows.last - 1) * W, backwards, power,
+                                        rows.last, local, 0, 0);
                     Xq = x * load_rows<V>(q + r * 4 * W, W);
                     Xq_slope = x * load_rows<V>(q + r * 4 * W + 2 * W, W);
                     gw = g * load_rows<V>(local, W);
@@ -226,11 +230,13 @@ struct ChunkBackward {
                     const auto gx = g * x;
                     store_rows(local, W, gx);
                     for (int at = 0; at < W; at += Wide::lanes) {
-                        const auto slope = raise(load_rows<Wide>(exact + Exact::Abar * W + at, W), rows.last - 1);
+                        const auto slope =
+                            raise(load_rows<Wide>(exact + Exact::Abar * W + at, W), rows.last - 1);
                         const Wide times = simd::broadcast<Wide>(static_cast<double>(rows.last));
                         double* sum = sums + ChunkSums::gX_last * W + at;
-                        store_rows(sum, W, fma(Complexes<Wide>{times * slope.re, times * slope.im},
-                                               load_rows<Wide>(local + at, W), load_rows<Wide>(sum, W)));
+                        store_rows(sum, W,
+                                   fma(Complexes<Wide>{times * slope.re, times * slope.im},
+                                       load_rows<Wide>(local + at, W), load_rows<Wide>(sum, W)));
                     }
                     store_rows(local, W, c * load_rows<V>(q + r * 4 * W, W));
                     carry<Set>(state, exact + Exact::Abar * W, rows.last, static_cast<const A*>(local));
@@ -263,13 +269,15 @@ struct ChunkBackward {
             }
             for (Index r = 0; r < rows.whole; r += row_group) {
                 for (Index i = rows.whole; i < r + row_group; ++i) std::fill_n(Z + i * Z_row, Z_row, A(0));
-                spread<L::tokens, 4, V>(args.du + r * chunk_tokens * W + end, backwards, powers, Z + r * Z_row, Z_row, block);
+                spread<L::tokens, 4, V>(args.du + r * chunk_tokens * W + end, backwards, powers,
+                                        Z + r * Z_row, Z_row, block);
             }
             if (rows.last) {
                 // k runs back from the last token of the short chunk, so its places differ from the others'.
                 std::fill_n(Z_last + Z_row, (row_group - 1) * Z_row, A(0));
                 std::fill_n(du_last, row_group * chunk_tokens * W, A(0));
-                spread<L::tokens, 4, V>(du_last, Index{W}, powers, static_cast<const A*>(Z_last), Z_row, block);
+                spread<L::tokens, 4, V>(du_last, Index{W}, powers, static_cast<const A*>(Z_last), Z_row,
+                                        block);
                 A* to = args.du + (rows.whole * chunk_tokens + rows.last - 1) * W;
                 for (Index k = 0; k < rows.last; ++k)
                     simd::store(to - k * W, simd::load<V>(to - k * W) + simd::load<V>(du_last + k * W));
@@ -278,37 +286,40 @@ struct ChunkBackward {
     }
     static Index scratch(Index W) {
         const Index Z_row = mode_block * 2 * W;
-        return (tile_chunks + row_group) * Z_row + tile_chunks * 10 * W + row_group * chunk_tokens * W + 4 * W;
+        return (tile_chunks + row_group) * Z_row + tile_chunks * 10 * W + row_group * chunk_tokens * W +
+               4 * W;
     }
 };
 
 template <class A>
 struct ChunkedLayout {
     PowerLayout<A> powers;
-    A* tiles;       // (threads, tiles_size): u, and y or dy and du, then scratch
-    A* sum;         // (threads, L + 1, W), bidirectional
-    double* states; // (threads, N, 2, W)
-    double* sums;   // (groups, blocks, directions, sums_size), backward
+    A* tiles;        // (threads, tiles_size): u, and y or dy and du, then scratch
+    A* sum;          // (threads, L + 1, W), bidirectional
+    double* states;  // (threads, N, 2, W)
+    double* sums;    // (groups, blocks, directions, sums_size), backward
     Index tiles_size, sum_size, states_size, sums_size;
 
     ChunkedLayout(Arena& arena, const Shape& s, pass p, int threads, Index W)
         : powers(arena, s, p == pass::backward, W) {
         const bool back = p == pass::backward;
-        tiles_size = (back ? 3 : 2) * tile_tokens * W + (back ? ChunkBackward<A>::scratch(W) : powers_scratch(W));
+        tiles_size =
+            (back ? 3 : 2) * tile_tokens * W + (back ? ChunkBackward<A>::scratch(W) : powers_scratch(W));
         tiles = arena.take<A>(threads * tiles_size);
         sum_size = s.bidirectional ? (s.length + 1) * W : 0;
         sum = arena.take<A>(threads * sum_size);
         states_size = 2 * s.modes * W;
         states = arena.take<double>(threads * states_size);
         sums_size = (s.modes * ChunkSums::rows + chunk_tokens) * W;
-        sums = arena.take<double>(back ? backward_groups(s) * ceil_div(s.channels, W) * directions(s) * sums_size : 0);
+        sums = arena.take<double>(
+            back ? backward_groups(s) * ceil_div(s.channels, W) * directions(s) * sums_size : 0);
     }
 };
 
 /// exec has been resolved.
 template <class T, class P>
-void chunked_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
-                     Workspace ws) {
+void chunked_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out,
+                     Saved saved, Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(in);
     const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes;
@@ -325,8 +336,9 @@ void chunked_forward(const cpu& exec, const Options& options, const Inputs<T, P>
         double* state = w.states + worker * w.states_size;
         for (Index d = directions(s) - 1; d >= 0; --d) {
             const bool reverse = d == 1;
-            const TileStream<T> stream{exec.isa, {batch, rows, reverse}, h, width, W,
-                                       s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
+            const TileStream<T> stream{exec.isa, {batch, rows, reverse},
+                                       h,        width,
+                                       W,        s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
             load_state(state, reverse ? View<const complex<A>, 3>{} : in.x0, i, h, width, N, W);
             A* checkpoint = checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse);
             for (Index begin = 0; begin < stream.length(); begin += tile_tokens) {
@@ -337,8 +349,8 @@ void chunked_forward(const cpu& exec, const Options& options, const Inputs<T, P>
                 }
                 stream.load(u, in.u, begin, count, TileRows::padded_tokens(count));
                 simd::run_body<ChunkForward<A>>(
-                    exec.isa, typename ChunkForward<A>::Args{w.powers.block(task % blocks), reverse, u, y, y + tile_tokens * W,
-                                                             state, N, count});
+                    exec.isa, typename ChunkForward<A>::Args{w.powers.block(task % blocks), reverse, u, y,
+                                                             y + tile_tokens * W, state, N, count});
                 stream.store_y(y, out.y, begin, count);
             }
             if (!reverse) store_state(state, out.xT, i, h, width, N, W);
@@ -363,7 +375,8 @@ struct ChunkGradients {
                                       Index direction_stride, Index directions, Index modes) {
         using V = typename Lanes<Set, A>::Wide;
         constexpr int W = Lanes<Set, A>::W;
-        const V two = simd::broadcast<V>(2.0), sixteen = simd::broadcast<V>(static_cast<double>(chunk_tokens));
+        const V two = simd::broadcast<V>(2.0),
+                sixteen = simd::broadcast<V>(static_cast<double>(chunk_tokens));
         for (Index at = 0; at < directions * direction_stride; at += V::lanes) {
             V sum = simd::load<V>(sums + at);
             for (Index g = 1; g < groups; ++g) sum = sum + simd::load<V>(sums + g * group_stride + at);
@@ -372,17 +385,19 @@ struct ChunkGradients {
         for (Index n = 0; n < modes; ++n)
             for (int at = 0; at < W; at += V::lanes) {
                 const double* exact = t.exact + n * Exact::rows * W + at;
-                const auto a = load_rows<V>(exact + Exact::Abar * W, W), b = load_rows<V>(exact + Exact::Bbar * W, W);
+                const auto a = load_rows<V>(exact + Exact::Abar * W, W),
+                           b = load_rows<V>(exact + Exact::Bbar * W, W);
                 Complexes<V> dA = zeros<V>(), dB = dA, dC[2] = {dA, dA};
                 for (Index d = 0; d < directions; ++d) {
                     const double* from = sums + d * direction_stride + n * ChunkSums::rows * W + at;
                     const double* dK = sums + d * direction_stride + modes * ChunkSums::rows * W + at;
                     const auto c2 = load_rows<V>(exact + (d ? Exact::C_reverse : Exact::C) * W, W);
                     // sum_k dK[k] Abar^k and its derivative; at the end before = Abar^15.
-                    Complexes<V> p{simd::broadcast<V>(1.0), simd::broadcast<V>(0.0)}, before = zeros<V>(), taps = before,
-                                 slope = before;
+                    Complexes<V> p{simd::broadcast<V>(1.0), simd::broadcast<V>(0.0)},
+                        before = zeros<V>(), taps = before, slope = before;
                     for (int k = 0; k < chunk_tokens; ++k) {
-                        const V g = simd::load<V>(dK + k * W), gk = simd::broadcast<V>(static_cast<double>(k)) * g;
+                        const V g = simd::load<V>(dK + k * W),
+                                gk = simd::broadcast<V>(static_cast<double>(k)) * g;
                         taps = {simd::fma(g, p.re, taps.re), simd::fma(g, p.im, taps.im)};
                         slope = {simd::fma(gk, before.re, slope.re), simd::fma(gk, before.im, slope.im)};
                         before = p;
@@ -435,20 +450,23 @@ void chunked_backward(const cpu& exec, const Options& options, const Inputs<T, P
             const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
             for (Index d = directions(s) - 1; d >= 0; --d) {
                 const bool reverse = d == 1;
-                const TileStream<T> stream{exec.isa, {batch, rows, reverse}, h, width, W,
-                                           s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
+                const TileStream<T> stream{exec.isa, {batch, rows, reverse},
+                                           h,        width,
+                                           W,        s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
                 double* sums = all_sums + d * w.sums_size;
                 const A* checkpoints = checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse);
-                load_state(state, reverse ? View<const complex<A>, 3>{} : upstream.xT, i, h, width, N, W, -1.0);
+                load_state(state, reverse ? View<const complex<A>, 3>{} : upstream.xT, i, h, width, N, W,
+                           -1.0);
                 for (Index c = ceil_div(stream.length(), tile_tokens) - 1; c >= 0; --c) {
-                    const Index begin = c * tile_tokens, count = std::min(tile_tokens, stream.length() - begin);
+                    const Index begin = c * tile_tokens,
+                                count = std::min(tile_tokens, stream.length() - begin);
                     const Index padded = TileRows::padded_tokens(count);
                     stream.load(u, in.u, begin, count, padded);
                     stream.load_dy(dy, upstream.y, begin, count, padded);
                     simd::run_body<ChunkBackward<A>>(
                         exec.isa, typename ChunkBackward<A>::Args{
-                                      w.powers.block(task % blocks), reverse, u, dy, du, du + tile_tokens * W, state,
-                                      checkpoints + c * checkpoint_size(s), checkpoint_lanes(s), sums,
+                                      w.powers.block(task % blocks), reverse, u, dy, du, du + tile_tokens * W,
+                                      state, checkpoints + c * checkpoint_size(s), checkpoint_lanes(s), sums,
                                       sums + N * ChunkSums::rows * W, N, count});
                     stream.store_du(du, grads.u, begin, count);
                 }
@@ -458,11 +476,12 @@ void chunked_backward(const cpu& exec, const Options& options, const Inputs<T, P
     });
     parallel_for(blocks, exec.threads, [&](Index block, int) {
         double* sums = w.sums + block * directions(s) * w.sums_size;
-        simd::run_body<ChunkGradients<A>>(exec.isa, w.powers.block(block), sums, blocks * directions(s) * w.sums_size, groups,
-                                          w.sums_size, directions(s), N);
+        simd::run_body<ChunkGradients<A>>(exec.isa, w.powers.block(block), sums,
+                                          blocks * directions(s) * w.sums_size, groups, w.sums_size,
+                                          directions(s), N);
         for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
-            write_grads(options, in.params, grads.params, block * W + lane, sums[N * ChunkSums::rows * W + lane],
-                        [&](Index n, const Mode&) {
+            write_grads(options, in.params, grads.params, block * W + lane,
+                        sums[N * ChunkSums::rows * W + lane], [&](Index n, const Mode&) {
                             const auto at = [&](Index row) {
                                 const double* from = sums + (n * ChunkSums::rows + row) * W + lane;
                                 return c64{from[0], from[W]};

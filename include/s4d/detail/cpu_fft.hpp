@@ -32,15 +32,16 @@ template <class A>
 struct FftLayout {
     PowerLayout<A> powers;
     A* roots;
-    A* kernel;       // (blocks, directions, kernel_size): K, D in its first element
-    A* dK;           // (groups, blocks, directions, kernel_size), backward
-    A* buffers;      // (threads, buffers_size): values of K, u, dy, dK; then a tile and scratch
-    double* modes;   // (threads, 2, N, 4, W): starts and moments
-    double* moments; // (blocks, directions, N, 4, W): of dK, backward
-    double* sums;    // (groups, blocks, N, state_sums, W), backward
+    A* kernel;        // (blocks, directions, kernel_size): K, D in its first element
+    A* dK;            // (groups, blocks, directions, kernel_size), backward
+    A* buffers;       // (threads, buffers_size): values of K, u, dy, dK; then a tile and scratch
+    double* modes;    // (threads, 2, N, 4, W): starts and moments
+    double* moments;  // (blocks, directions, N, 4, W): of dK, backward
+    double* sums;     // (groups, blocks, N, state_sums, W), backward
     Index transform_size, kernel_size, buffers_size;
 
-    FftLayout(Arena& arena, const Shape& s, pass p, int threads, Index W) : powers(arena, s, p == pass::backward, W) {
+    FftLayout(Arena& arena, const Shape& s, pass p, int threads, Index W)
+        : powers(arena, s, p == pass::backward, W) {
         const bool back = p == pass::backward;
         const Index blocks = ceil_div(s.channels, W), m = fft::size_for(s.length), groups = fft_groups(s, W);
         roots = arena.take<A>(fft::roots_size(m));
@@ -96,7 +97,8 @@ struct FftTask {
     }
     void store(const A* x, const View<T, 3>& to, const Reading& reading) const {
         if (to && reading.length() > 0)
-            simd::run_body<StoreTile<T>>(isa, x, 2 * W, to, reading.batch, reading.rows.begin, reading.length(), h, width);
+            simd::run_body<StoreTile<T>>(isa, x, 2 * W, to, reading.batch, reading.rows.begin,
+                                         reading.length(), h, width);
     }
     /// x[k] += sum_n Re(Z[n] Abar[n]^k), from the end of the sequence where `from_end`; Z is used up.
     void add_response(double* Z, A* x, Index length, bool from_end) const {
@@ -116,9 +118,10 @@ struct FftTask {
         for (Index begin = 0; begin < reading.length(); begin += tile_tokens) {
             const Index count = std::min(tile_tokens, reading.length() - begin), front = front_padding(count);
             std::fill_n(tile, front * W, A(0));
-            simd::run_body<LoadTile<T>>(isa, tile + front * W, W, reading(from), reading.batch, reading.rows.begin + begin,
-                                        count, tile_tokens - front, h, width);
-            simd::run_body<Moments<A>>(isa, tables, slopes, S, static_cast<const A*>(tile), scratch, modes, count);
+            simd::run_body<LoadTile<T>>(isa, tile + front * W, W, reading(from), reading.batch,
+                                        reading.rows.begin + begin, count, tile_tokens - front, h, width);
+            simd::run_body<Moments<A>>(isa, tables, slopes, S, static_cast<const A*>(tile), scratch, modes,
+                                       count);
         }
     }
     c64 exact(Index n, Index lane, Index which) const {
@@ -150,17 +153,20 @@ void fft_prepare(const cpu& exec, const Options& options, const Params<P>& param
             std::fill_n(K, w.kernel_size, A(0));
             kernel_start(w.powers.block(block), d == 1, s.modes, W, Z);
             for (Index begin = 0; begin < s.length; begin += tile_tokens)
-                simd::run_body<Response<A>>(exec.isa, w.powers.block(block), w.powers.slopes, Z, K + begin * W, scratch,
-                                            s.modes, std::min(tile_tokens, s.length - begin));
+                simd::run_body<Response<A>>(exec.isa, w.powers.block(block), w.powers.slopes, Z,
+                                            K + begin * W, scratch, s.modes,
+                                            std::min(tile_tokens, s.length - begin));
             if (d == 0 && params.D && s.length > 0)
                 for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
-                    K[lane] = static_cast<A>(static_cast<double>(K[lane]) + static_cast<double>(params.D(block * W + lane)));
+                    K[lane] = static_cast<A>(static_cast<double>(K[lane]) +
+                                             static_cast<double>(params.D(block * W + lane)));
         }
     });
 }
 
 template <class T, class A>
-FftTask<T> fft_task(const cpu& exec, const Shape& s, const FftLayout<A>& w, Index W, Index block, int worker) {
+FftTask<T> fft_task(const cpu& exec, const Shape& s, const FftLayout<A>& w, Index W, Index block,
+                    int worker) {
     A* buffers = w.buffers + worker * w.buffers_size;
     A* tile = buffers + w.buffers_size - tile_tokens * W - powers_scratch(W);
     return {exec.isa,
@@ -181,10 +187,12 @@ FftTask<T> fft_task(const cpu& exec, const Shape& s, const FftLayout<A>& w, Inde
 
 /// exec has been resolved.
 template <class T, class P>
-void fft_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Workspace ws) {
+void fft_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out,
+                 Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(in);
-    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes, groups = fft_groups(s, W);
+    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes,
+                groups = fft_groups(s, W);
     Arena arena(ws.data);
     const FftLayout<A> w(arena, s, pass::forward, exec.threads, W);
     fft_prepare<A>(exec, options, in.params, s, w, W);
@@ -208,7 +216,8 @@ void fft_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in
                     for (Index n = 0; n < N; ++n)
                         for (Index lane = 0; lane < W; ++lane) {
                             double* z = Z + 2 * n * W + lane;
-                            const c64 start = task.exact(n, lane, Exact::C) * task.exact(n, lane, Exact::Abar) * c64{z[0], z[W]};
+                            const c64 start = task.exact(n, lane, Exact::C) *
+                                              task.exact(n, lane, Exact::Abar) * c64{z[0], z[W]};
                             z[0] = start.re;
                             z[W] = start.im;
                         }
@@ -222,7 +231,9 @@ void fft_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in
                     for (Index lane = 0; lane < task.width; ++lane) {
                         const double* S = Z + 2 * n * W + lane;
                         c64 xT = task.exact(n, lane, Exact::Bbar) * c64{S[0], S[W]};
-                        if (in.x0) xT += raise(task.exact(n, lane, Exact::Abar), length) * cast<double>(in.x0(i, task.h + lane, n));
+                        if (in.x0)
+                            xT += raise(task.exact(n, lane, Exact::Abar), length) *
+                                  cast<double>(in.x0(i, task.h + lane, n));
                         out.xT(i, task.h + lane, n) = cast<A>(xT);
                     }
             }
@@ -245,11 +256,12 @@ void fft_flush(FftTask<T>& task, acc_t<T>* sum, acc_t<T>* dK) {
 }
 
 template <class T, class P>
-void fft_backward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Upstream<T>& upstream,
-                  const Grads<T, P>& grads, Workspace ws) {
+void fft_backward(const cpu& exec, const Options& options, const Inputs<T, P>& in,
+                  const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(in);
-    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes, groups = fft_groups(s, W);
+    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes,
+                groups = fft_groups(s, W);
     const Index both = directions(s);
     Arena arena(ws.data);
     const FftLayout<A> w(arena, s, pass::backward, exec.threads, W);
@@ -278,8 +290,9 @@ void fft_backward(const cpu& exec, const Options& options, const Inputs<T, P>& i
                 }
                 task.load_values(x, in.u, reading, m);
                 task.load_values(dy, upstream.y, reading, m);
-                simd::run_body<fft::Correlate<A>>(exec.isa, static_cast<const A*>(x), static_cast<const A*>(task.kernel_values),
-                                                  dy, sum, m, A(1) / static_cast<A>(m));
+                simd::run_body<fft::Correlate<A>>(exec.isa, static_cast<const A*>(x),
+                                                  static_cast<const A*>(task.kernel_values), dy, sum, m,
+                                                  A(1) / static_cast<A>(m));
             }
             const auto each = [&](auto&& f) {
                 for (Index n = 0; n < N; ++n)
@@ -314,12 +327,15 @@ void fft_backward(const cpu& exec, const Options& options, const Inputs<T, P>& i
             if (upstream.xT) {  // xT's dependence on u and x0: moments of u from its last token
                 task.moments(S, in.u, reading);
                 each([&](Index n, Index lane, DiscreteGrads& g) {
-                    const c64 Abar = task.exact(n, lane, Exact::Abar), Bbar = task.exact(n, lane, Exact::Bbar);
+                    const c64 Abar = task.exact(n, lane, Exact::Abar),
+                              Bbar = task.exact(n, lane, Exact::Bbar);
                     const c64 dxT = cast<double>(upstream.xT(i, task.h + lane, n));
                     const c64 before = length > 0 ? raise(Abar, length - 1) : c64{};
                     const c64 power = length > 0 ? before * Abar : c64{1.0, 0.0};
                     g.Bbar = conj(moment(n, lane, 0)) * dxT;
-                    g.Abar = conj(Bbar * moment(n, lane, 2) + static_cast<double>(length) * (before * x0(n, lane))) * dxT;
+                    g.Abar = conj(Bbar * moment(n, lane, 2) +
+                                  static_cast<double>(length) * (before * x0(n, lane))) *
+                             dxT;
                     if (grads.x0) {
                         const c64 more = conj(power) * dxT;
                         auto& dx0 = grads.x0(i, task.h + lane, n);

@@ -42,7 +42,8 @@ struct KernelLayout {
 };
 
 template <class A, class P>
-void kernel_forward(const cpu& exec, const Options& options, const Params<P>& params, const View<A, 2>& K, Workspace ws) {
+void kernel_forward(const cpu& exec, const Options& options, const Params<P>& params, const View<A, 2>& K,
+                    Workspace ws) {
     const Shape s = shape_of(params, K);
     const Index W = simd::lanes<A>(exec.isa), N = s.modes;
     Arena arena(ws.data);
@@ -55,7 +56,8 @@ void kernel_forward(const cpu& exec, const Options& options, const Params<P>& pa
         for (Index begin = 0; begin < s.length; begin += tile_tokens) {
             const Index count = std::min(tile_tokens, s.length - begin);
             std::fill_n(tile, tile_tokens * W, A(0));
-            simd::run_body<Response<A>>(exec.isa, w.powers.block(block), false, Z, tile, tile + tile_tokens * W, N, count);
+            simd::run_body<Response<A>>(exec.isa, w.powers.block(block), false, Z, tile,
+                                        tile + tile_tokens * W, N, count);
             for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
                 for (Index t = 0; t < count; ++t) K(block * W + lane, begin + t) = tile[t * W + lane];
         }
@@ -63,8 +65,8 @@ void kernel_forward(const cpu& exec, const Options& options, const Params<P>& pa
 }
 
 template <class A, class P>
-void kernel_backward(const cpu& exec, const Options& options, const Params<P>& params, const View<const A, 2>& dK,
-                     const BasicParams<P, complex<P>>& grads, Workspace ws) {
+void kernel_backward(const cpu& exec, const Options& options, const Params<P>& params,
+                     const View<const A, 2>& dK, const BasicParams<P, complex<P>>& grads, Workspace ws) {
     const Shape s = shape_of(params, dK);
     const Index W = simd::lanes<A>(exec.isa), N = s.modes;
     Arena arena(ws.data);

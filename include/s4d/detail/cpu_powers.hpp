@@ -22,13 +22,15 @@ namespace s4d::detail {
 inline constexpr int chunk_tokens = 16;
 inline constexpr int tile_chunks = tile_tokens / chunk_tokens;
 inline constexpr int row_group = 4;     // chunks that share the loads of a table, in registers
-inline constexpr Index mode_block = 8;     // modes whose tables stay in L1 while a tile passes  // modes whose tables stay in L1 while a tile passes
+inline constexpr Index mode_block = 8;  // modes whose tables stay in L1 while a tile passes
 
 /// Chunks of a tile, the last one perhaps short, and how many with whole groups.
 struct TileRows {
     Index whole, last, padded;
     explicit TileRows(Index count)
-        : whole(count / chunk_tokens), last(count % chunk_tokens), padded(ceil_div(count, chunk_tokens * row_group) * row_group) {}
+        : whole(count / chunk_tokens),
+          last(count % chunk_tokens),
+          padded(ceil_div(count, chunk_tokens * row_group) * row_group) {}
     static Index padded_tokens(Index count) { return TileRows(count).padded * chunk_tokens; }
 };
 
@@ -73,7 +75,8 @@ struct PowerLayout {
     Index modes, W;
     bool slopes;
 
-    PowerLayout(Arena& arena, const Shape& s, bool with_slopes, Index lanes) : modes(s.modes), W(lanes), slopes(with_slopes) {
+    PowerLayout(Arena& arena, const Shape& s, bool with_slopes, Index lanes)
+        : modes(s.modes), W(lanes), slopes(with_slopes) {
         const Index blocks = ceil_div(s.channels, W);
         first.power = arena.take<A>(blocks * power_size());
         first.coefficient = arena.take<A>(blocks * modes * Coefficients::rows * W);
@@ -94,7 +97,8 @@ INTERSTATE_INLINE Complexes<V> operator*(const Complexes<V>& a, const Complexes<
 /// a * b + c
 template <class V>
 INTERSTATE_INLINE Complexes<V> fma(const Complexes<V>& a, const Complexes<V>& b, const Complexes<V>& c) {
-    return {simd::fnma(a.im, b.im, simd::fma(a.re, b.re, c.re)), simd::fma(a.im, b.re, simd::fma(a.re, b.im, c.im))};
+    return {simd::fnma(a.im, b.im, simd::fma(a.re, b.re, c.re)),
+            simd::fma(a.im, b.re, simd::fma(a.re, b.im, c.im))};
 }
 template <class V>
 INTERSTATE_INLINE Complexes<V> zeros() {
@@ -170,7 +174,8 @@ struct FillPowers {
                 const V chunks = simd::broadcast<V>(static_cast<double>(tile_chunks));
                 store_rows(exact + Exact::chunk * W, W, p);
                 store_rows(exact + Exact::tile * W, W, p15 * p);
-                store_rows(exact + Exact::tile_slope * W, W, p15 * Complexes<V>{chunks * slope.re, chunks * slope.im});
+                store_rows(exact + Exact::tile_slope * W, W,
+                           p15 * Complexes<V>{chunks * slope.re, chunks * slope.im});
                 store_rows(coefficient + Coefficients::chunk * W, W, p);
                 store_rows(coefficient + Coefficients::chunk_slope * W, W, slope);
                 store_rows(coefficient + Coefficients::Bbar * W, W, b);
@@ -215,7 +220,8 @@ void fill_powers(const cpu& exec, const Options& options, const Params<P>& p, co
 /// w[r][m] = sum over `tokens` of P[k] in[r, k], (2 parts, W) each, and with Parts = 4 the sums with
 /// the slopes behind them.
 template <int Modes, int Rows, int Parts, class V, class A>
-INTERSTATE_INLINE void collect(const A* in, Index step, const A* power, Index tokens, A* w, Index w_row, Index w_mode) {
+INTERSTATE_INLINE void collect(const A* in, Index step, const A* power, Index tokens, A* w, Index w_row,
+                               Index w_mode) {
     constexpr int W = V::lanes;
     V sum[Modes][Parts][Rows];
     INTERSTATE_UNROLL
@@ -254,7 +260,8 @@ INTERSTATE_INLINE void spread(A* out, Index step, const A* power, const A* Y, In
         INTERSTATE_UNROLL
         for (int r = 0; r < row_group; ++r)
             INTERSTATE_UNROLL
-            for (int k = 0; k < Tokens; ++k) sum[r][k] = simd::load<V>(out + r * chunk_tokens * W + (k0 + k) * step);
+        for (int k = 0; k < Tokens; ++k)
+            sum[r][k] = simd::load<V>(out + r * chunk_tokens * W + (k0 + k) * step);
         for (Index n = 0; n < modes; ++n) {
             const A* p = power + (n * chunk_tokens + k0) * Parts * W;
             const A* y = Y + n * 2 * W;
@@ -276,7 +283,7 @@ INTERSTATE_INLINE void spread(A* out, Index step, const A* power, const A* Y, In
         INTERSTATE_UNROLL
         for (int r = 0; r < row_group; ++r)
             INTERSTATE_UNROLL
-            for (int k = 0; k < Tokens; ++k) simd::store(out + r * chunk_tokens * W + (k0 + k) * step, sum[r][k]);
+        for (int k = 0; k < Tokens; ++k) simd::store(out + r * chunk_tokens * W + (k0 + k) * step, sum[r][k]);
     }
 }
 
@@ -308,18 +315,20 @@ INTERSTATE_INLINE void convolve(const A* in, A* out, Index step, const A* kernel
             for (int r = 0; r < row_group; ++r) {
                 const V z = simd::load<V>(in + r * chunk_tokens * W + (k0 + i) * step);
                 INTERSTATE_UNROLL
-                for (int k = i; k < Tokens; ++k) sum[r][k] = simd::fma(simd::load<V>(kernel + (k - i) * W), z, sum[r][k]);
+                for (int k = i; k < Tokens; ++k)
+                    sum[r][k] = simd::fma(simd::load<V>(kernel + (k - i) * W), z, sum[r][k]);
             }
         INTERSTATE_UNROLL
         for (int r = 0; r < row_group; ++r)
             INTERSTATE_UNROLL
-            for (int k = 0; k < Tokens; ++k) simd::store(out + r * chunk_tokens * W + (k0 + k) * step, sum[r][k]);
+        for (int k = 0; k < Tokens; ++k) simd::store(out + r * chunk_tokens * W + (k0 + k) * step, sum[r][k]);
     }
 }
 
 /// Collects rows [0, rows), rounded up to whole groups, for modes [0, modes): w (rows, w_row).
 template <class Set, int Parts, class A>
-INTERSTATE_INLINE void collect_tile(const A* in, Index step, const A* power, Index rows, Index modes, A* w, Index w_row) {
+INTERSTATE_INLINE void collect_tile(const A* in, Index step, const A* power, Index rows, Index modes, A* w,
+                                    Index w_row) {
     using L = Lanes<Set, A>;
     using V = typename L::V;
     constexpr int W = L::W;
@@ -328,12 +337,13 @@ INTERSTATE_INLINE void collect_tile(const A* in, Index step, const A* power, Ind
     Index n = 0;
     for (; n + Modes <= modes; n += Modes)
         for (Index r = 0; r < rows; r += Rows)
-            collect<Modes, Rows, Parts, V>(in + r * chunk_tokens * W, step, power + n * chunk_tokens * Parts * W,
-                                           chunk_tokens, w + r * w_row + n * Parts * W, w_row, Parts * W);
+            collect<Modes, Rows, Parts, V>(in + r * chunk_tokens * W, step,
+                                           power + n * chunk_tokens * Parts * W, chunk_tokens,
+                                           w + r * w_row + n * Parts * W, w_row, Parts * W);
     for (; n < modes; ++n)
         for (Index r = 0; r < rows; r += Rows)
-            collect<1, Rows, Parts, V>(in + r * chunk_tokens * W, step, power + n * chunk_tokens * Parts * W, chunk_tokens,
-                                       w + r * w_row + n * Parts * W, w_row, Parts * W);
+            collect<1, Rows, Parts, V>(in + r * chunk_tokens * W, step, power + n * chunk_tokens * Parts * W,
+                                       chunk_tokens, w + r * w_row + n * Parts * W, w_row, Parts * W);
 }
 
 /// state <- base^times state + local, in float64; state, base and local are (2, W).
@@ -356,8 +366,8 @@ inline Index powers_scratch(Index W) { return (tile_chunks + 2) * mode_block * 2
 template <class A>
 struct Response {
     template <class Set>
-    static INTERSTATE_INLINE void run(const PowerTables<A>& t, bool slopes, double* Z, A* out, A* scratch, Index modes,
-                                      Index count) {
+    static INTERSTATE_INLINE void run(const PowerTables<A>& t, bool slopes, double* Z, A* out, A* scratch,
+                                      Index modes, Index count) {
         using L = Lanes<Set, A>;
         using V = typename L::V;
         constexpr int W = L::W;
@@ -370,7 +380,8 @@ struct Response {
             const Index block = std::min(mode_block, modes - n0);
             for (Index n = 0; n < block; ++n) {
                 auto Y = load_rows<V>(Z + (n0 + n) * 2 * W, W);
-                const auto a = load_rows<V>(t.coefficient + ((n0 + n) * Coefficients::rows + Coefficients::chunk) * W, W);
+                const auto a = load_rows<V>(
+                    t.coefficient + ((n0 + n) * Coefficients::rows + Coefficients::chunk) * W, W);
                 for (Index r = 0; r < rows; ++r, Y = Y * a) store_rows(scratch + r * Y_row + n * 2 * W, W, Y);
                 carry<Set>(Z + (n0 + n) * 2 * W, t.exact + ((n0 + n) * Exact::rows + Exact::tile) * W, 1,
                            static_cast<const A*>(zero));
@@ -393,7 +404,8 @@ struct Response {
 template <class A>
 struct Moments {
     template <class Set, int Parts>
-    static INTERSTATE_INLINE void tile(const PowerTables<A>& t, double* S, const A* z, A* scratch, Index modes, Index count) {
+    static INTERSTATE_INLINE void tile(const PowerTables<A>& t, double* S, const A* z, A* scratch,
+                                       Index modes, Index count) {
         using L = Lanes<Set, A>;
         using V = typename L::V;
         using Wide = typename L::Wide;
@@ -402,8 +414,9 @@ struct Moments {
         A* local = scratch + tile_chunks * Parts * W;
         for (Index n = 0; n < modes; ++n) {
             const A* coefficient = t.coefficient + n * Coefficients::rows * W;
-            collect_tile<Set, Parts>(z + (chunk_tokens - 1) * W, Index{-W}, t.power + n * chunk_tokens * Parts * W, rows, 1,
-                                     scratch, Index{Parts * W});
+            collect_tile<Set, Parts>(z + (chunk_tokens - 1) * W, Index{-W},
+                                     t.power + n * chunk_tokens * Parts * W, rows, 1, scratch,
+                                     Index{Parts * W});
             const auto a = load_rows<V>(coefficient + Coefficients::chunk * W, W);
             const auto slope = load_rows<V>(coefficient + Coefficients::chunk_slope * W, W);
             auto s = zeros<V>(), ds = zeros<V>();
@@ -436,8 +449,8 @@ struct Moments {
         }
     }
     template <class Set>
-    static INTERSTATE_INLINE void run(const PowerTables<A>& t, bool slopes, double* S, const A* z, A* scratch, Index modes,
-                                      Index count) {
+    static INTERSTATE_INLINE void run(const PowerTables<A>& t, bool slopes, double* S, const A* z, A* scratch,
+                                      Index modes, Index count) {
         if (slopes)
             tile<Set, 4>(t, S, z, scratch, modes, count);
         else

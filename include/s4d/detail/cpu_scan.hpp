@@ -40,7 +40,7 @@ struct ScanLayout {
     A* coefficient;      // (directions, blocks, N, coefficients, W)
     double* carry;       // (blocks, N, carries, W), float tiles
     A* response;         // (blocks, N, table_rows, W), float tiles: Abar^l Bbar
-    A* response_dy;      // (directions, blocks, N, table_rows, W), float tiles in backward: conj(2 C Abar^(l+1))
+    A* response_dy;  // (directions, blocks, N, table_rows, W), float tiles in backward: conj(2 C Abar^(l+1))
     A* feedthrough;      // (directions, blocks, W): D, and zero for the reversed direction
     A* tiles;            // (threads, tiles_size)
     A* sum;              // (threads, L + 1, W), bidirectional
@@ -125,8 +125,8 @@ INTERSTATE_INLINE void advance(Complexes<V>& x, const Complexes<V>& a, const Com
 
 /// Carries one mode's state over tokens [begin, end) of a tile of u.
 template <class V, class A>
-INTERSTATE_INLINE void carry_forward(double* state, const double* carry, const A* response, const A* u, Index begin,
-                                     Index end) {
+INTERSTATE_INLINE void carry_forward(double* state, const double* carry, const A* response, const A* u,
+                                     Index begin, Index end) {
     constexpr int W = V::lanes;
     Complexes<V> local{simd::broadcast<V>(0.0), simd::broadcast<V>(0.0)};
     for (Index t = begin; t < end; ++t) {
@@ -140,8 +140,8 @@ INTERSTATE_INLINE void carry_forward(double* state, const double* carry, const A
 
 /// Carries one mode's gradient of the state back over tokens [begin, end) of a tile of dy (eq. 6).
 template <class V, class A>
-INTERSTATE_INLINE void carry_backward(double* g, const double* carry, const A* response_dy, const A* dy, Index begin,
-                                      Index end) {
+INTERSTATE_INLINE void carry_backward(double* g, const double* carry, const A* response_dy, const A* dy,
+                                      Index begin, Index end) {
     constexpr int W = V::lanes;
     Complexes<V> local{simd::broadcast<V>(0.0), simd::broadcast<V>(0.0)};
     for (Index t = begin; t < end; ++t) {
@@ -185,7 +185,8 @@ struct ScanForward {
 
     /// A pair of modes (or the odd one) down a tile; tables and state start at the first of them.
     template <int Modes, class V>
-    static INTERSTATE_INLINE void tile(const A* u, A* y, double* state, const ModeTables<A>& tables, Index count) {
+    static INTERSTATE_INLINE void tile(const A* u, A* y, double* state, const ModeTables<A>& tables,
+                                       Index count) {
         constexpr int W = V::lanes;
         Complexes<V> x[Modes], a[Modes], b[Modes], c[Modes];
         for (int m = 0; m < Modes; ++m) {
@@ -226,7 +227,8 @@ struct ScanForward {
         Index n = 0;
         for (; n + 2 <= args.modes; n += 2)
             tile<2, V>(args.u, args.y, args.state + 2 * n * W, args.tables.from(n, W), args.count);
-        if (n < args.modes) tile<1, V>(args.u, args.y, args.state + 2 * n * W, args.tables.from(n, W), args.count);
+        if (n < args.modes)
+            tile<1, V>(args.u, args.y, args.state + 2 * n * W, args.tables.from(n, W), args.count);
     }
 };
 
@@ -368,9 +370,10 @@ struct ScanBackward {
     static INTERSTATE_INLINE void modes(const Args& args, Index n) {
         constexpr int W = V::lanes;
         const ModeTables<A> tables = args.tables.from(n, W);
-        recompute<Modes, V>(args.u, args.x, args.checkpoint + 2 * n * args.lane_stride, args.lane_stride, tables, args.count);
-        tile<Modes, V>(args.u, args.dy, args.du, args.state + 2 * n * W, args.x, tables, args.partial + n * partials * W,
-                       args.count);
+        recompute<Modes, V>(args.u, args.x, args.checkpoint + 2 * n * args.lane_stride, args.lane_stride,
+                            tables, args.count);
+        tile<Modes, V>(args.u, args.dy, args.du, args.state + 2 * n * W, args.x, tables,
+                       args.partial + n * partials * W, args.count);
     }
 };
 
@@ -406,7 +409,8 @@ void fill_tables(const Options& options, const Params<P>& p, const ScanLayout<A>
                         power = power * m.Abar;
                         if (w.response_dy) put(w.response_dy + (at * table_rows + 2 * l) * W, conj(C2 * power));
                         if (w.response_dy && p.C_reverse)
-                            put(w.response_dy + (at_reverse * table_rows + 2 * l) * W, conj(C2_reverse * power));
+                            put(w.response_dy + (at_reverse * table_rows + 2 * l) * W,
+                                conj(C2_reverse * power));
                     }
                     double* carry = w.carry + at * carries * W + lane;
                     carry[A1re * W] = m.Abar.re;
@@ -441,7 +445,8 @@ void scan_forward(const cpu& exec, const Options& options, const Inputs<T, P>& i
     fill_tables<A>(options, in.params, w, W, exec.threads);
     zero_outside_sequences(out.y, in.cu_seqlens, s);
     parallel_for(s.states() * blocks, exec.threads, [&](Index task, int worker) {
-        const Index i = task / blocks, block = task % blocks, h = block * W, width = std::min(W, s.channels - h);
+        const Index i = task / blocks, block = task % blocks, h = block * W,
+                    width = std::min(W, s.channels - h);
         const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
         A* u = w.tiles + worker * w.tiles_size;
         A* y = u + tile_tokens * W;
@@ -461,7 +466,8 @@ void scan_forward(const cpu& exec, const Options& options, const Inputs<T, P>& i
                 stream.load(u, in.u, begin, count, count);
                 simd::run_body<ScanForward<A>>(
                     exec.isa, typename ScanForward<A>::Args{scan_tables(w, s, W, block, d),
-                                                            w.feedthrough + (d * blocks + block) * W, u, y, state, N, count});
+                                                            w.feedthrough + (d * blocks + block) * W, u, y,
+                                                            state, N, count});
                 stream.store_y(y, out.y, begin, count);
             }
             if (!reverse) store_state(state, out.xT, i, h, width, N, W);
@@ -505,10 +511,11 @@ void scan_backward(const cpu& exec, const Options& options, const Inputs<T, P>& 
                     stream.load(u, in.u, begin, count, count);
                     stream.load_dy(dy, upstream.y, begin, count, count);
                     simd::run_body<ScanBackward<A>>(
-                        exec.isa, typename ScanBackward<A>::Args{
-                                      scan_tables(w, s, W, block, d), w.feedthrough + (d * blocks + block) * W, u, dy, du,
-                                      du + tile_tokens * W, state, checkpoints + c * checkpoint_size(s),
-                                      checkpoint_lanes(s), partial + d * partial_size, partial_D + d * W, N, count});
+                        exec.isa,
+                        typename ScanBackward<A>::Args{
+                            scan_tables(w, s, W, block, d), w.feedthrough + (d * blocks + block) * W, u, dy,
+                            du, du + tile_tokens * W, state, checkpoints + c * checkpoint_size(s),
+                            checkpoint_lanes(s), partial + d * partial_size, partial_D + d * W, N, count});
                     stream.store_du(du, grads.u, begin, count);
                 }
                 if (!reverse) store_state(state, grads.x0, i, h, width, N, W);
@@ -527,7 +534,8 @@ void scan_backward(const cpu& exec, const Options& options, const Inputs<T, P>& 
             return sum;
         };
         double dD = 0.0;
-        for (Index group = 0; group < groups; ++group) dD += w.partial_D[(group * blocks + block) * both * W + lane];
+        for (Index group = 0; group < groups; ++group)
+            dD += w.partial_D[(group * blocks + block) * both * W + lane];
         write_grads(options, in.params, grads.params, h, dD, [&](Index n, const Mode&) {
             DiscreteGrads g{total(0, n, dAre), total(0, n, dBre), 2.0 * total(0, n, dCre), {}};
             if (both == 2) {
@@ -546,7 +554,8 @@ template <class T, class P>
 struct StepBody {
     static constexpr int lanes = 8;
 
-    static INTERSTATE_INLINE void mode(c64 A, c64 B, complex<P> C, double u, complex<acc_t<T>>& x, double& sum) {
+    static INTERSTATE_INLINE void mode(c64 A, c64 B, complex<P> C, double u, complex<acc_t<T>>& x,
+                                       double& sum) {
         const double xr = static_cast<double>(x.re), xi = static_cast<double>(x.im);
         const double re = A.re * xr - A.im * xi + B.re * u;
         const double im = A.re * xi + A.im * xr + B.im * u;

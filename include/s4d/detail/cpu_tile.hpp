@@ -41,7 +41,8 @@ inline Index directions(const Shape& s) { return s.bidirectional ? 2 : 1; }
 
 /// Checkpoints of recurrence i, for one direction and block: (tiles, N, 2, padded H), or null.
 template <class A>
-A* checkpoints_at(A* saved, const View<const std::int32_t, 1>& cu, const Shape& s, Index i, Index h, bool reverse) {
+A* checkpoints_at(A* saved, const View<const std::int32_t, 1>& cu, const Shape& s, Index i, Index h,
+                  bool reverse) {
     if (!saved) return nullptr;
     const Index from = first_checkpoint(cu, s, i) + (reverse ? checkpoint_count(s) : 0);
     return saved + from * checkpoint_size(s) + h;
@@ -84,8 +85,8 @@ struct Reading {
 template <class T>
 struct LoadTile {
     template <class Set>
-    static INTERSTATE_INLINE void run(acc_t<T>* tile, Index pitch, const View<const T, 3>& x, Index b, Index begin,
-                                      Index count, Index padded, Index h, Index width) {
+    static INTERSTATE_INLINE void run(acc_t<T>* tile, Index pitch, const View<const T, 3>& x, Index b,
+                                      Index begin, Index count, Index padded, Index h, Index width) {
         using A = acc_t<T>;
         using V = simd::Native<Set, A>;
         constexpr int W = V::lanes;
@@ -106,8 +107,8 @@ struct LoadTile {
 template <class T>
 struct StoreTile {
     template <class Set>
-    static INTERSTATE_INLINE void run(const acc_t<T>* tile, Index pitch, const View<T, 3>& x, Index b, Index begin,
-                                      Index count, Index h, Index width) {
+    static INTERSTATE_INLINE void run(const acc_t<T>* tile, Index pitch, const View<T, 3>& x, Index b,
+                                      Index begin, Index count, Index h, Index width) {
         using V = simd::Native<Set, acc_t<T>>;
         constexpr int W = V::lanes;
         T* row = &x(b, begin, h);
@@ -115,7 +116,8 @@ struct StoreTile {
             if (width == W && x.stride[2] == 1) {
                 simd::store_as(row, simd::load<V>(tile + t * pitch));
             } else {
-                for (Index lane = 0; lane < width; ++lane) row[lane * x.stride[2]] = T(tile[t * pitch + lane]);
+                for (Index lane = 0; lane < width; ++lane)
+                    row[lane * x.stride[2]] = T(tile[t * pitch + lane]);
             }
         }
     }
@@ -148,8 +150,8 @@ struct TileStream {
 
     /// Tokens [begin, begin + count) of an input, zeros up to `padded`.
     void load(A* tile, const View<const T, 3>& x, Index begin, Index count, Index padded) const {
-        simd::run_body<LoadTile<T>>(isa, tile, W, reading(x), reading.batch, reading.rows.begin + begin, count, padded,
-                                    h, width);
+        simd::run_body<LoadTile<T>>(isa, tile, W, reading(x), reading.batch, reading.rows.begin + begin,
+                                    count, padded, h, width);
     }
     /// The same of dy: output p of the reversed direction is that of the token after p.
     void load_dy(A* tile, const View<const T, 3>& dy, Index begin, Index count, Index padded) const {
@@ -180,8 +182,8 @@ struct TileStream {
 /// States (i, h.., n) between memory and (N, 2, W) lanes of float64; an absent tensor reads as zero.
 /// `sign` = -1 conjugates.
 template <class A>
-void load_state(double* state, const View<const complex<A>, 3>& x, Index i, Index h, Index width, Index modes, Index W,
-                double sign = 1.0) {
+void load_state(double* state, const View<const complex<A>, 3>& x, Index i, Index h, Index width, Index modes,
+                Index W, double sign = 1.0) {
     for (Index n = 0; n < modes; ++n)
         for (Index lane = 0; lane < W; ++lane) {
             const complex<A> z = x && lane < width ? x(i, h + lane, n) : complex<A>{};
@@ -190,8 +192,8 @@ void load_state(double* state, const View<const complex<A>, 3>& x, Index i, Inde
         }
 }
 template <class A>
-void store_state(const double* state, const View<complex<A>, 3>& x, Index i, Index h, Index width, Index modes, Index W,
-                 double sign = 1.0) {
+void store_state(const double* state, const View<complex<A>, 3>& x, Index i, Index h, Index width,
+                 Index modes, Index W, double sign = 1.0) {
     if (!x) return;
     for (Index n = 0; n < modes; ++n)
         for (Index lane = 0; lane < width; ++lane)
@@ -206,13 +208,14 @@ struct DiscreteGrads {
 
 /// Writes the gradients of channel h's parameters (eq. 9 and 10); totals(n) gives those of mode n.
 template <class P, class F>
-void write_grads(const Options& options, const Params<P>& params, const BasicParams<P, complex<P>>& grads, Index h,
-                 double dD, F&& totals) {
+void write_grads(const Options& options, const Params<P>& params, const BasicParams<P, complex<P>>& grads,
+                 Index h, double dD, F&& totals) {
     double dlog_dt = 0.0;
     for (Index n = 0; n < params.log_neg_re.extent[1]; ++n) {
         const Mode mode = mode_at(options.disc, params, h, n);
         const DiscreteGrads d = totals(n, mode);
-        const ModeGrads g = discretize_backward(options.disc, mode, cast<double>(params.B(h, n)), d.Abar, d.Bbar);
+        const ModeGrads g =
+            discretize_backward(options.disc, mode, cast<double>(params.B(h, n)), d.Abar, d.Bbar);
         dlog_dt += g.log_dt;
         if (grads.log_neg_re) grads.log_neg_re(h, n) = static_cast<P>(g.log_neg_re);
         if (grads.im) grads.im(h, n) = static_cast<P>(g.im);
