@@ -19,20 +19,22 @@ namespace s4d {
 namespace detail {
 /// What Method::automatic stands for on the CPU: the fastest of forward and backward together, by a model of
 /// nanoseconds per channel and token on one thread (EPYC with AVX-512, float32; fitted for B 1 to 64, L 4 to
-/// 65,536, N 1 to 256; some of it in docs/benchmarks/s4d.md). chunked: 3 + 0.45 N a direction. fft: 0.8 log2
-/// m for each of its m >= L places while buffers of the transform fit the second-level cache, 17 beyond, and
-/// 0.3 N for K, which a batch shares. Below a chunk of tokens a call is a piece of a stream, which carries
-/// states: the recurrence has the least to set up. Packed sequences differ in length, and K would be
-/// transformed for each of them: no fft.
+/// 65,536, N 1 to 256; some of it in docs/benchmarks/s4d.md). chunked: 3 + 0.45 N, 1.8 times that in both
+/// directions. fft: 0.8 log2 m for each of its m >= L places while buffers of the transform fit the
+/// second-level cache, 17 beyond, and 0.3 N for K, which a batch shares. Below a chunk of tokens a call is a
+/// piece of a stream, which carries states: the recurrence has the least to set up. Packed sequences differ
+/// in length, and K would be transformed for each of them: no fft.
 inline Method cpu_method(const Options& options, const Shape& s) {
     if (options.method != Method::automatic) return options.method;
     const Index mean = s.packed() ? s.length / std::max<Index>(s.sequences, 1) : s.length;
     if (mean < chunk_tokens) return Method::scan;
     if (s.packed()) return Method::chunked;
     const double N = static_cast<double>(s.modes), B = static_cast<double>(std::max<Index>(s.batch, 1));
-    const double both = static_cast<double>(directions(s)), m = static_cast<double>(fft::size_for(s.length));
+    const double m = static_cast<double>(fft::size_for(s.length));
     const double transforms = (m > 4096.0 ? 17.0 : 0.8 * std::log2(m)) * m / static_cast<double>(s.length);
-    return transforms + both * 0.3 * N / B < both * (3.0 + 0.45 * N) ? Method::fft : Method::chunked;
+    const double kernel = (s.bidirectional ? 2.0 : 1.0) * 0.3 * N / B;
+    const double chunks = (s.bidirectional ? 1.8 : 1.0) * (3.0 + 0.45 * N);
+    return transforms + kernel < chunks ? Method::fft : Method::chunked;
 }
 
 /// Bytes of a layout, whose first argument is an Arena.
