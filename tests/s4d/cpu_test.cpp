@@ -266,7 +266,7 @@ TEST(S4dCpu, PhaseHoldsOverSixtyFiveThousandTokens) {
                 ASSERT_TRUE((run_case<Operator, float, float>(cpu{.threads = 2, .isa = isa},
                                                               {.method = method}, in, got)
                                  .ok()));
-                EXPECT_EQ(beyond_tolerance<f32>(got, want), "") << to_string(method) << " " << to_string(isa);
+                EXPECT_EQ(beyond_tolerance<f32>(in, got, want), "") << to_string(method) << " " << to_string(isa);
             }
     }
 }

@@ -256,8 +256,14 @@ namespace detail {
 template <class T, int N, int... I>
 INTERSTATE_INLINE Vec<T, N> interleave_sum(const Vec<T, N>& a, const Vec<T, N>& b,
                                            std::integer_sequence<int, I...>) {
+#if defined(__clang__)
     return {__builtin_shufflevector(a.v, b.v, (I / 2 + (I % 2) * N)...) +
             __builtin_shufflevector(a.v, b.v, (N / 2 + I / 2 + (I % 2) * N)...)};
+#else  // not the other one, whose packs nvcc's host pass loses
+    using Mask = typename Vec<T, N>::int_type;
+    return {__builtin_shuffle(a.v, b.v, Mask{(I / 2 + (I % 2) * N)...}) +
+            __builtin_shuffle(a.v, b.v, Mask{(N / 2 + I / 2 + (I % 2) * N)...})};
+#endif
 }
 }  // namespace detail
 
