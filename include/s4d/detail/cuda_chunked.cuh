@@ -1,6 +1,6 @@
 // S4D on the GPU in chunks: a warp runs a channel through time, 512 tokens at once, as small matrix products
 // on the tensor cores. With chunks of 16 tokens, X[r] the state that enters chunk r, and u[r] its tokens
-// (docs/ops/s4d.md, eq. 16 to 18):
+// (docs/ops/s4d.md, eq. 16, 19 and 21):
 //
 //     W[r] = sum_s beta A^(15-s) u[r,s]          (32 chunks x 16) times (16 x modes)
 //     X[r+1] = A^16 X[r] + W[r]                  a scan over the 32 chunks, 4 in a thread and 8 across lanes
@@ -34,7 +34,7 @@ inline constexpr int tile_tokens = chunk_tokens * tile_chunks;
 inline constexpr int own = tile_chunks / 8;        // consecutive chunks of a thread
 inline constexpr int max_chunked_modes = 64;       // more do not fit into shared memory
 
-/// float32 must stay float32; 16-bit storage may round factors of products (docs/ops/s4d.md, "Numerics").
+/// float32 must stay float32; 16-bit storage may round factors of products (docs/ops/s4d.md, "CUDA kernels").
 template <class T>
 inline constexpr device::Precision precision_of =
     sizeof(T) == 2 ? device::Precision::rounded : device::Precision::exact;
@@ -861,7 +861,7 @@ __device__ __noinline__ void finish_tile(A* mine, A* edges, const A* u_tile, con
     }
 }
 
-/// Sums over the tiles of a part (eq. 19): blocks are G channels, a warp each, and up to
+/// Sums over the tiles of a part (eq. 21): blocks are G channels, a warp each, and up to
 /// 32 modes. run.checkpoints are the states of the system's run, exchanged_checkpoints those of the exchanged one.
 template <class T>
 __global__ void __launch_bounds__(32 * block_channels<T>, 1)

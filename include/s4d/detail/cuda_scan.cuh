@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(scan_threads)
             run.final(i, h, n) = cast<A>(run.conjugate ? conj(carry[n]) : carry[n]);
 }
 
-/// One block a channel and part: sums over the part's tiles (eq. 19), from the states that enter each tile from
+/// One block a channel and part: sums over the part's tiles (eq. 20), from the states that enter each tile from
 /// both sides.
 template <class T>
 __global__ void __launch_bounds__(scan_threads)

@@ -23,7 +23,7 @@ struct SystemMode {
 };
 enum class Half : std::uint8_t { causal, reversed };
 
-/// Sums over tokens that the gradients of a system's parameters need, conjugated (eq. 19).
+/// Sums over tokens that the gradients of a system's parameters need, conjugated (eq. 20).
 struct SystemSums {
     c64 A, beta, gamma;
 };
@@ -86,7 +86,7 @@ __device__ SystemMode system_mode(Discretization disc, const Params<P>& p, Half 
     return {m.Abar, m.Bbar, 2.0 * (C * m.Abar)};
 }
 
-/// One block a channel, one thread a mode: adds the parts in order, then the chain rule (eq. 9, 10, 20).
+/// One block a channel, one thread a mode: adds the parts in order, then the chain rule (eq. 9, 10, 20 and 21).
 template <class P>
 __global__ void finish_gradients_kernel(Discretization disc, Params<P> p, Index N, PartialSums causal,
                                         PartialSums reversed, BasicParams<P, complex<P>> grads) {
