@@ -21,6 +21,9 @@
 #define INTERSTATE_UNROLL _Pragma("unroll")
 #else
 #define INTERSTATE_UNROLL _Pragma("GCC unroll 64")
+#if defined(__CUDACC__)
+#pragma nv_diag_suppress 1675  // nvcc does not know the pragma, but hands it on to g++, which does
+#endif
 #endif
 
 namespace interstate::inline INTERSTATE_ABI {
