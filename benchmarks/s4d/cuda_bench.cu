@@ -149,10 +149,10 @@ void run(const Run& r, const Ceilings& ceilings) {
     for (T& x : dy) x = T(random_unit(seed) - 0.5);
     const DeviceParameters params(p), grads(p);
     const DeviceArray<T> d_u(u), d_y(u.size()), d_dy(dy), d_du(u.size());
-    const s4d::Inputs<T> in{.u = view(static_cast<const T*>(d_u.data()), {B, L, H}), .params = params.inputs(H, N)};
+    const s4d::Inputs<T, float> in{.u = view(static_cast<const T*>(d_u.data()), {B, L, H}), .params = params.inputs(H, N)};
     const s4d::Outputs<T> out{.y = view(d_y.data(), {B, L, H})};
     const s4d::Upstream<T> upstream{.y = view(static_cast<const T*>(d_dy.data()), {B, L, H})};
-    const s4d::Grads<T> to{.u = view(d_du.data(), {B, L, H}), .params = grads.views(H, N)};
+    const s4d::Grads<T, float> to{.u = view(d_du.data(), {B, L, H}), .params = grads.views(H, N)};
     const interstate::cuda exec;
     const s4d::Options options{.method = method};
     const s4d::Shape shape = shape_of(in);

@@ -105,23 +105,28 @@ __device__ void put(A* p, complex<A> z) {
     p[1] = z.im;
 }
 
-/// Fills one mode's part of a channel's tables, and adds its part of K[1..15].
+inline constexpr int table_parts = 4, part_powers = chunk_tokens / table_parts;  // powers that a thread fills in
+
+/// Fills a part of one mode's tables, powers A^(4 part) .. A^(4 part + 3).
 template <device::Precision precision, class A>
-__device__ void fill_mode(A* table, const ChunkTables& at, int n, const SystemMode& m, double (&K)[chunk_tokens]) {
+__device__ void fill_mode(A* table, const ChunkTables& at, int n, int part, const SystemMode& m) {
     const int group = n / 4, mode = n % 4;
+    const c64 second = m.A * m.A, fourth = second * second, eighth = fourth * fourth;
     c64 power{1.0, 0.0};
-    for (int l = 0; l < chunk_tokens; ++l) {
+    if (part & 1) power = fourth;
+    if (part & 2) power = power * eighth;
+    const auto factor = [](double x) { return device::representable<precision>(static_cast<A>(x)); };
+    for (int l = part_powers * part; l < part_powers * (part + 1); ++l) {
         const c64 v = power * m.beta, w = power * m.gamma;
         A* V = table + at.V(group) + 2 * mode * chunk_tokens + V_at(chunk_tokens - 1 - l);
-        const auto factor = [](double x) { return device::representable<precision>(static_cast<A>(x)); };
         V[0] = factor(v.re);
         V[chunk_tokens] = factor(v.im);
         A* M = table + at.M(group) + (l % 8 * 4 + mode) * 4 + 2 * (l / 8);
         M[0] = factor(w.re);
         M[1] = factor(-w.im);
-        if (l + 1 < chunk_tokens) K[l + 1] += (v * m.gamma).re;
         power = power * m.A;
     }
+    if (part != 0) return;
     A* out = table + at.power(group, mode);
     const auto put = [&](ChunkPower which, c64 z) {
         const complex<A> rounded = cast<A>(z);
@@ -130,10 +135,11 @@ __device__ void fill_mode(A* table, const ChunkTables& at, int n, const SystemMo
         return cast<double>(rounded);
     };
     static_assert(own == 4);
-    c64 carried = put(over_chunk, power);
+    const c64 chunk = eighth * eighth;
+    c64 carried = put(over_chunk, chunk);
     carried = carried * carried;
     carried = carried * carried;
-    c64 exact = power * power;
+    c64 exact = chunk * chunk;
     exact = exact * exact;
     for (const ChunkPower which : {over_own, over_2_own, over_4_own}) {
         carried = carried * put(which, exact);
@@ -143,39 +149,50 @@ __device__ void fill_mode(A* table, const ChunkTables& at, int n, const SystemMo
     put(over_token, m.A);
 }
 
-/// One block a channel, one thread a mode: the tables of a half's system and, where asked for, of the
-/// exchanged one. `modes` may be null.
+/// One block a channel, four threads a mode: the tables of a half's system and, where asked for, of the
+/// exchanged one.
 template <class T, class P, class A = acc_t<T>>
-__global__ void __launch_bounds__(max_chunked_modes)
+__global__ void __launch_bounds__(table_parts* max_chunked_modes)
     chunk_tables_kernel(Discretization disc, Params<P> p, Half half, Index N, SystemMode* modes, A* tables, A* exchanged) {
     const Index h = blockIdx.x;
-    const int n = static_cast<int>(threadIdx.x);
+    const int n = static_cast<int>(threadIdx.x) % max_chunked_modes, part = static_cast<int>(threadIdx.x) / max_chunked_modes;
     const ChunkTables at(N);
-    double K[chunk_tokens] = {};
-    if (n < 4 * at.groups) {
+    __shared__ SystemMode shared_modes[max_chunked_modes];
+    __shared__ double sums[max_chunked_modes / 32][chunk_tokens + 1];  // K by warps of modes, and K0 at the end
+    double K0 = 0.0;
+    if (part == 0) {
         SystemMode m{};
         if (n < N) {
-            m = system_mode(disc, p, half, h, n, K[0]);
+            m = system_mode(disc, p, half, h, n, K0);
             modes[h * N + n] = m;
         }
-        fill_mode<precision_of<T>>(tables + h * at.size(), at, n, m, K);
-        double unused[chunk_tokens] = {};
-        if (exchanged) fill_mode<precision_of<T>>(exchanged + h * at.size(), at, n, {m.A, m.gamma, m.beta}, unused);
-    }
-    if (n == 0 && half == Half::causal && p.D) K[0] += static_cast<double>(p.D(h));
-    __shared__ double sums[max_chunked_modes / 32][chunk_tokens];
-    for (int l = 0; l < chunk_tokens; ++l) {
-        for (int d = 16; d > 0; d /= 2) K[l] += __shfl_xor_sync(0xffffffffu, K[l], d);
-        if (n % 32 == 0) sums[n / 32][l] = K[l];
+        shared_modes[n] = m;
+        for (int d = 16; d > 0; d /= 2) K0 += __shfl_xor_sync(0xffffffffu, K0, d);
+        if (n % 32 == 0) sums[n / 32][chunk_tokens] = K0;
     }
     __syncthreads();
-    if (n < chunk_tokens) {
-        double sum = 0.0;
-        for (int warp = 0; warp < max_chunked_modes / 32; ++warp) sum += sums[warp][n];
-        const A K_n = device::representable<precision_of<T>>(static_cast<A>(sum));
-        tables[h * at.size() + at.K() + n] = K_n;
-        if (exchanged) exchanged[h * at.size() + at.K() + n] = K_n;
+    const SystemMode m = shared_modes[n];
+    if (n < 4 * at.groups) {
+        fill_mode<precision_of<T>>(tables + h * at.size(), at, n, part, m);
+        if (exchanged) fill_mode<precision_of<T>>(exchanged + h * at.size(), at, n, part, {m.A, m.gamma, m.beta});
     }
+    // K[l + 1] = Re sum_n gamma A^l beta.
+    c64 response = m.beta * m.gamma;
+    for (int i = 0; i < part_powers * part; ++i) response = response * m.A;
+    for (int i = 0; i < part_powers; ++i) {
+        double K = response.re;
+        for (int d = 16; d > 0; d /= 2) K += __shfl_xor_sync(0xffffffffu, K, d);
+        if (n % 32 == 0) sums[n / 32][part_powers * part + i] = K;
+        response = response * m.A;
+    }
+    __syncthreads();
+    const int l = static_cast<int>(threadIdx.x);
+    if (l >= chunk_tokens) return;
+    double K = l == 0 && half == Half::causal && p.D ? static_cast<double>(p.D(h)) : 0.0;
+    for (int warp = 0; warp < max_chunked_modes / 32; ++warp) K += sums[warp][l == 0 ? chunk_tokens : l - 1];
+    const A rounded = device::representable<precision_of<T>>(static_cast<A>(K));
+    tables[h * at.size() + at.K() + l] = rounded;
+    if (exchanged) exchanged[h * at.size() + at.K() + l] = rounded;
 }
 
 /// Who a thread is, read once: the compiler would read the special register again wherever it is wanted, and
@@ -1138,7 +1155,7 @@ struct Chunked {
     static Status prepare(const cuda& exec, const Options& options, const Params<P>& params, const Shape& s, Half half,
                           SystemMode* modes, const Tables& tables, const Tables& exchanged) {
         return launch(exec, "chunk_tables_kernel", chunk_tables_kernel<T, P>,
-                      {dim3(static_cast<unsigned>(s.channels)), dim3(max_chunked_modes)}, options.disc, params, half,
+                      {dim3(static_cast<unsigned>(s.channels)), dim3(table_parts * max_chunked_modes)}, options.disc, params, half,
                       s.modes, modes, tables.data, exchanged.data);
     }
 
