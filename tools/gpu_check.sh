@@ -11,7 +11,7 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # Sections of benchmarks/peers/torch_gpu.py that stand beside our kernels.
-peers=(s4d)
+peers=(s4d s4d_sweep)
 # Operators with a cuda executor, whose golden cases are replayed on it.
 golden=(s4d)
 
@@ -58,7 +58,7 @@ run() {
         for file in tests/golden/"$op".*.safetensors; do
             for dtype in f64 f32 f16 bf16; do
                 lines=1 step "golden.$(basename "$file" .safetensors).$dtype" \
-                    "$dir/replay" --check --exec cuda --forward-only --dtype "$dtype" "$file"
+                    "$dir/replay" --check --exec cuda --dtype "$dtype" "$file"
             done
         done
     done
@@ -72,10 +72,10 @@ run() {
         failures+=("compute-sanitizer is not on the PATH")
     fi
     for program in "${benches[@]}"; do
-        lines=12 step "$(basename "$program")" "$program"
+        lines=40 step "$(basename "$program")" "$program"
     done
     if python3 -c 'import torch' 2>/dev/null; then
-        lines=12 step torch_gpu python3 benchmarks/peers/torch_gpu.py "${peers[@]}"
+        lines=40 step torch_gpu python3 benchmarks/peers/torch_gpu.py "${peers[@]}"
     else
         echo "peers skipped: python3 has no torch"
     fi

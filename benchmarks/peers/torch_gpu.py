@@ -1,6 +1,6 @@
 """What a PyTorch user would run instead, timed on one GPU. Prints one JSON line per case.
 
-usage: torch_gpu.py [attention] [sisa] [interdomain] [s4d]   (no names: everything)
+usage: torch_gpu.py [attention] [sisa] [interdomain] [s4d] [s4d_sweep]   (no names: everything)
 """
 import json, math, sys, torch, torch.nn.functional as F
 from torch.nn.attention import sdpa_kernel, SDPBackend as SB
@@ -125,7 +125,10 @@ for B in (1,8,32,64,128) if wanted("interdomain") else ():
             return t(g.replay,30,5)
         guard("decode_graphed", grp, impl=nm,B=B,H=H,M=M, state_mb=round(X.numel()*8/1e6,1))
 # ---- 5. S4D layer: kernel generation + FFT convolution
-for (B,D,L,N) in [(8,512,4096,64),(8,512,16384,64),(1,1024,65536,64)] if wanted("s4d") else []:
+# N is the real state size, twice the number of complex modes.
+cases=[(8,512,4096,64),(8,512,16384,64),(1,1024,65536,64)] if wanted("s4d") else []
+if wanted("s4d_sweep"): cases+=[(8,512,L,64) for L in (256,1024)]+[(8,512,16384,N) for N in (8,16,32,128)]
+for (B,D,L,N) in cases:
     n=torch.arange(N//2,device=dev); A=torch.complex(torch.full((D,N//2),-.5,device=dev),math.pi*n.repeat(D,1).float()).requires_grad_()
     C=torch.randn(D,N//2,device=dev,dtype=torch.complex64,requires_grad=True); ldt=(torch.rand(D,device=dev)*(math.log(.1)-math.log(.001))+math.log(.001)).requires_grad_()
     u=torch.randn(B,D,L,device=dev,requires_grad=True); Dk=torch.randn(D,device=dev,requires_grad=True)

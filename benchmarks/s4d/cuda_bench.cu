@@ -210,9 +210,14 @@ int main(int argc, char** argv) {
     run<f16>({8, 16384, 512, 32}, c);
     run<f32>({1, 65536, 1024, 32}, c);
     run<bf16>({1, 65536, 1024, 32}, c);
+    run<f32>({8, 16384, 512, 32, s4d::Method::scan}, c);
     if (argc > 1 && std::strcmp(argv[1], "brief") == 0) return 0;
     for (const Index L : {256, 1024, 4096, 65536}) run<f32>({8, L, 512, 32}, c);
-    for (const Index N : {4, 8, 16, 64}) run<f32>({8, 16384, 512, N}, c);
+    for (const Index N : {4, 8, 16, 64, 96}) run<f32>({8, 16384, 512, N}, c);
+    for (const s4d::Method method : {s4d::Method::chunked, s4d::Method::scan}) {
+        run<f64>({8, 4096, 512, 32, method}, c);
+        for (const Index L : {1, 16, 64}) run<f32>({8, L, 512, 32, method}, c);
+    }
     for (const Index B : {1, 2, 4}) run<f32>({B, 16384, 256, 32}, c);
     return 0;
 }

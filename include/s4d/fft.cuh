@@ -21,7 +21,7 @@ namespace s4d {
 
 /// Length n of the transforms for sequences of up to `length` tokens: even, at least 2 length, a product of powers of
 /// 2, 3, 5 and 7.
-inline Index fft_length(Index length) { return detail::good_transform_length(length); }
+inline Index fft_length(Index length) { return detail::spectra::good_transform_length(length); }
 
 /// The cuda executor with a pair of cuFFT plans for calls of one shape: `channels` transforms of length
 /// n = fft_length(length), on contiguous rows of n real and n/2 + 1 complex numbers,
@@ -38,7 +38,7 @@ struct cuda_fft {
     cufftHandle to_rows{};
 };
 
-namespace detail {
+namespace detail::spectra {
 
 /// A cuFFT error as a Status; `what` names the call.
 inline Status cufft_status(cufftResult error, const char* what) {
@@ -87,7 +87,7 @@ inline Status check_fft_method(const Options& options) {
 /// Whether a call has anything to transform: without, its plans are not looked at.
 inline bool transforms_anything(const Shape& s) { return s.length > 0 && s.channels > 0; }
 
-}  // namespace detail
+}  // namespace detail::spectra
 
 /// Makes the plans of `exec` for calls of a shape (its dtype, length and channels), with work areas that cuFFT
 /// allocates. Any plans that were there are not touched, only forgotten.
@@ -99,17 +99,17 @@ inline Status make_fft_plans(const Shape& shape, cuda_fft& exec) {
     long long n = fft_length(shape.length), bins = n / 2 + 1;
     std::size_t work = 0;
     cufftHandle to_spectrum{}, to_rows{};
-    INTERSTATE_RETURN_IF_ERROR(detail::cufft_status(cufftCreate(&to_spectrum), "to_spectrum, cufftCreate"));
-    Status s = detail::cufft_status(cufftCreate(&to_rows), "to_rows, cufftCreate");
+    INTERSTATE_RETURN_IF_ERROR(detail::spectra::cufft_status(cufftCreate(&to_spectrum), "to_spectrum, cufftCreate"));
+    Status s = detail::spectra::cufft_status(cufftCreate(&to_rows), "to_rows, cufftCreate");
     if (!s.ok()) {
         cufftDestroy(to_spectrum);
         return s;
     }
-    s = detail::cufft_status(cufftMakePlanMany64(to_spectrum, 1, &n, &n, 1, n, &bins, 1, bins,
+    s = detail::spectra::cufft_status(cufftMakePlanMany64(to_spectrum, 1, &n, &n, 1, n, &bins, 1, bins,
                                                  f64 ? CUFFT_D2Z : CUFFT_R2C, channels, &work),
                              "to_spectrum, cufftMakePlanMany64");
     if (s.ok())
-        s = detail::cufft_status(cufftMakePlanMany64(to_rows, 1, &n, &bins, 1, bins, &n, 1, n,
+        s = detail::spectra::cufft_status(cufftMakePlanMany64(to_rows, 1, &n, &bins, 1, bins, &n, 1, n,
                                                      f64 ? CUFFT_Z2D : CUFFT_C2R, channels, &work),
                                  "to_rows, cufftMakePlanMany64");
     if (!s.ok()) {
@@ -125,11 +125,11 @@ inline Status make_fft_plans(const Shape& shape, cuda_fft& exec) {
 /// Gives back what make_fft_plans made.
 inline Status destroy_fft_plans(const cuda_fft& exec) {
     const cufftResult first = cufftDestroy(exec.to_spectrum), second = cufftDestroy(exec.to_rows);
-    return detail::cufft_status(first != CUFFT_SUCCESS ? first : second, "cufftDestroy");
+    return detail::spectra::cufft_status(first != CUFFT_SUCCESS ? first : second, "cufftDestroy");
 }
 
 inline KernelChoice which_kernel(const cuda_fft&, const Options& options, const Shape&) {
-    if (!detail::check_fft_method(options).ok()) return {"", "cuda_fft has no method but fft"};
+    if (!detail::spectra::check_fft_method(options).ok()) return {"", "cuda_fft has no method but fft"};
     return {"s4d.cuda.fft", "one convolution a sequence, transforms by the caller's cuFFT plans"};
 }
 
@@ -141,9 +141,9 @@ inline std::size_t workspace_size(const cuda_fft&, const Options&, const Shape& 
     if (p == pass::step) return 0;
     Arena arena;
     if (shape.dtype == DType::f64)
-        detail::FftLayout<double>(arena, shape, p);
+        detail::spectra::FftLayout<double>(arena, shape, p);
     else
-        detail::FftLayout<float>(arena, shape, p);
+        detail::spectra::FftLayout<float>(arena, shape, p);
     return arena.required();
 }
 
@@ -154,13 +154,13 @@ Status forward(const cuda_fft& exec, const Options& options, const Inputs<T, P>&
                Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(in, out));
     const Shape shape = shape_of(in);
-    INTERSTATE_RETURN_IF_ERROR(detail::check_fft_method(options));
+    INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_fft_method(options));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    const detail::CufftTransforms transforms{exec};
-    if (detail::transforms_anything(shape)) INTERSTATE_RETURN_IF_ERROR(transforms.start());
-    return detail::FftRun(exec.base, options, in, transforms, ws, pass::forward).forward(out);
+    const detail::spectra::CufftTransforms transforms{exec};
+    if (detail::spectra::transforms_anything(shape)) INTERSTATE_RETURN_IF_ERROR(transforms.start());
+    return detail::spectra::FftRun(exec.base, options, in, transforms, ws, pass::forward).forward(out);
 }
 
 /// Gradients of every input whose view in `grads` is not null; `out` and `saved` are not read.
@@ -169,13 +169,13 @@ Status backward(const cuda_fft& exec, const Options& options, const Inputs<T, P>
                 const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, grads));
     const Shape shape = shape_of(in);
-    INTERSTATE_RETURN_IF_ERROR(detail::check_fft_method(options));
+    INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_fft_method(options));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    const detail::CufftTransforms transforms{exec};
-    if (detail::transforms_anything(shape)) INTERSTATE_RETURN_IF_ERROR(transforms.start());
-    return detail::FftRun(exec.base, options, in, transforms, ws, pass::backward).backward(upstream, grads);
+    const detail::spectra::CufftTransforms transforms{exec};
+    if (detail::spectra::transforms_anything(shape)) INTERSTATE_RETURN_IF_ERROR(transforms.start());
+    return detail::spectra::FftRun(exec.base, options, in, transforms, ws, pass::backward).backward(upstream, grads);
 }
 
 }  // namespace s4d

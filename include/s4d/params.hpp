@@ -54,7 +54,7 @@ struct Shape {
     Index channels = 0;   // H
     Index modes = 0;      // N, complex modes a channel (real state size 2N)
     Index sequences = -1; // S
-    bool bidirectional = false;  // C_reverse is there
+    bool bidirectional = false;  // whether C_reverse is there
 
     INTERSTATE_HD constexpr bool packed() const { return sequences >= 0; }
     /// How many independent recurrences a channel runs: S, or B.

@@ -9,6 +9,7 @@
 #include <s4d/detail/cuda_driver.cuh>
 #include <s4d/detail/cuda_kernel.cuh>
 #include <s4d/detail/cuda_scan.cuh>
+#include <s4d/detail/cuda_step.cuh>
 #include <s4d/params.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -19,22 +20,22 @@ namespace detail {
 /// The method that a call will run. Chunks win wherever they can run, from one token on (docs/benchmarks/s4d.md).
 inline Method cuda_method(const Options& options, const Shape& shape) {
     if (options.method != Method::automatic) return options.method;
-    return shape.modes <= max_chunked_modes ? Method::chunked : Method::scan;
+    return shape.modes <= chunks::max_chunked_modes ? Method::chunked : Method::scan;
 }
 
 /// Calls f(method) with the driver's type of the method.
 template <class T, class F>
 auto with_method(const Options& options, const Shape& shape, F&& f) {
-    if (cuda_method(options, shape) == Method::chunked) return f(Chunked<T>{});
+    if (cuda_method(options, shape) == Method::chunked) return f(chunks::Chunked<T>{});
     return f(Scanned<T>{});
 }
 
 inline Status check_method(const Options& options, const Shape& shape) {
     if (options.method == Method::fft)
         return Status::error(StatusCode::unsupported, "method: is fft, which needs cuFFT plans: the executor cuda_fft of s4d/fft.cuh");
-    if (options.method == Method::chunked && shape.modes > max_chunked_modes)
+    if (options.method == Method::chunked && shape.modes > chunks::max_chunked_modes)
         return Status::error(StatusCode::unsupported, "method: is chunked with %lld modes, must be at most %d on cuda",
-                             static_cast<long long>(shape.modes), max_chunked_modes);
+                             static_cast<long long>(shape.modes), chunks::max_chunked_modes);
     return {};
 }
 
@@ -112,7 +113,7 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
 /// Bytes of workspace of `generate_kernel` (pass::forward) and of its backward, for a K of (channels, length).
 inline std::size_t generate_kernel_workspace_size(const cuda&, const Options&, const Shape& shape, pass p) {
     Arena arena;
-    detail::KernelLayout(arena, shape, p);
+    detail::powers::KernelLayout(arena, shape, p);
     return arena.required();
 }
 
@@ -126,10 +127,10 @@ Status generate_kernel(const cuda& exec, const Options& options, const Params<P>
         "workspace", ws, generate_kernel_workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     Arena arena(ws.data);
-    const detail::KernelLayout w(arena, shape, pass::forward);
+    const detail::powers::KernelLayout w(arena, shape, pass::forward);
     Params<P> without_D = params;
     without_D.D = {};
-    return detail::causal_kernel(exec, options, without_D, shape, w.modes, K);
+    return detail::powers::causal_kernel(exec, options, without_D, shape, w.modes, K);
 }
 
 /// Gradients of the parameters from dK (H, L) (eq. 15); those of D and C_reverse, which K does not
@@ -141,7 +142,31 @@ Status generate_kernel_backward(const cuda& exec, const Options& options, const 
     INTERSTATE_RETURN_IF_ERROR(check_workspace(
         "workspace", ws, generate_kernel_workspace_size(exec, options, shape_of(params, dK), pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    return detail::run_generate_kernel_backward(exec, options, params, dK, grads, ws);
+    return detail::powers::run_generate_kernel_backward(exec, options, params, dK, grads, ws);
+}
+
+/// Fills Abar and Bbar of `discrete` (eq. 2), in device memory; C and D are the caller's to set.
+template <class P>
+Status discretize(const cuda& exec, const Options& options, const Params<P>& params, const Discrete<P>& discrete) {
+    INTERSTATE_RETURN_IF_ERROR(validate(params, discrete));
+    INTERSTATE_RETURN_IF_ERROR(pending_status());
+    const Index modes = discrete.Abar.extent[0] * discrete.Abar.extent[1];
+    const Index blocks = ceil_div(modes, 128);
+    INTERSTATE_RETURN_IF_ERROR(check_size("Abar: blocks of a grid", blocks));
+    return launch(exec, "discretize_kernel", detail::discretize_kernel<P>,
+                  {dim3(static_cast<unsigned>(blocks)), dim3(128)}, options.disc, params, discrete);
+}
+
+/// One token for every batch row; the state is updated in place. Needs no workspace.
+template <class T, class P>
+Status step(const cuda& exec, const Options&, const Discrete<P>& discrete, const State<acc_t<T>>& state,
+            const Token<T>& token, const TokenOut<T>& out, Workspace) {
+    INTERSTATE_RETURN_IF_ERROR(validate(discrete, state, token, out));
+    INTERSTATE_RETURN_IF_ERROR(pending_status());
+    const Index blocks = ceil_div(token.u.extent[0] * token.u.extent[1] * 32, detail::step_threads);
+    INTERSTATE_RETURN_IF_ERROR(check_size("u: blocks of a grid", blocks));
+    return launch(exec, "step_kernel", detail::step_kernel<T, P>,
+                  {dim3(static_cast<unsigned>(blocks)), dim3(detail::step_threads)}, discrete, state, token, out);
 }
 
 }  // namespace s4d

@@ -619,4 +619,37 @@ TEST(SimdLoadAs, EverySixteenBitNumber) {
     check_widening<bf16>();
 }
 
+/// y = x, rounded.
+template <class T>
+struct Narrow {
+    template <class Set>
+    static INTERSTATE_INLINE void run(const float* x, T* y, Index n) {
+        using V = simd::Native<Set, float>;
+        for (Index i = 0; i < n; i += V::lanes) simd::store_as(y + i, simd::load<V>(x + i));
+    }
+};
+/// Every float whose lower half is zero, a tie of either type, or beside one: the scalar conversion's bits.
+template <class T>
+void check_narrowing() {
+    std::vector<float> x;
+    for (std::uint32_t high = 0; high < 65536; ++high)
+        for (const std::uint32_t low : {0x0000u, 0x0001u, 0x0fffu, 0x1000u, 0x1001u, 0x7fffu, 0x8000u, 0x8001u, 0xf000u, 0xffffu}) {
+            const std::uint32_t bits = high << 16 | low;
+            x.push_back(0.0f);
+            std::memcpy(&x.back(), &bits, 4);
+        }
+    std::vector<T> y(x.size());
+    for (const Isa isa : machine_isas()) {
+        simd::run_body<Narrow<T>>(isa, static_cast<const float*>(x.data()), y.data(), static_cast<Index>(x.size()));
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            const T want(x[i]);
+            ASSERT_TRUE(std::isnan(x[i]) ? std::isnan(float(y[i])) : want.bits == y[i].bits) << x[i];
+        }
+    }
+}
+TEST(SimdStoreAs, RoundsAsTheScalarConversion) {
+    check_narrowing<f16>();
+    check_narrowing<bf16>();
+}
+
 }  // namespace

@@ -98,7 +98,7 @@ void expect_kernel(Checks& checks, const KernelCase& k) {
     // The last bit of Abar, which host and device may round differently, is multiplied by the number of lags that a
     // mode lives.
     const double conditioning = sizeof(A) == 8 && k.length > 10000 ? static_cast<double>(k.length) * 0x1p-51 : 0.0;
-    const std::string beyond = beyond_tolerance<A>(got, want, conditioning);
+    const std::string beyond = beyond_tolerance<A>(c, got, want, conditioning);
     checks.expect(beyond.empty(), what, beyond.c_str());
 }
 
@@ -131,7 +131,7 @@ void expect_close(Checks& checks, const Case& c, s4d::Options options = {}, RunO
                   static_cast<int>(u[1]), static_cast<int>(u[2]), static_cast<int>(in.tensors.at("im").extent[1]));
     checks.expect(status.ok(), what, status.message());
     checks.expect(truth.ok(), what, truth.message());
-    const std::string beyond = beyond_tolerance<T>(got, want);
+    const std::string beyond = beyond_tolerance<T>(in, got, want);
     checks.expect(beyond.empty(), what, beyond.c_str());
 }
 

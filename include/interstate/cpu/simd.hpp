@@ -116,8 +116,8 @@ struct Bits {
 };
 }  // namespace detail
 
-/// Loads V::lanes elements of storage type T as the accumulator type of V: 16-bit types are widened
-/// exactly, by integer operations that every instruction set has.
+/// Loads V::lanes elements of type T as the element type of V: 16-bit types are widened exactly, by
+/// integer operations that every instruction set has.
 template <class V, class T>
 INTERSTATE_INLINE V load_as(const T* p) {
     if constexpr (std::is_same_v<T, f16> || std::is_same_v<T, bf16>) {
@@ -146,8 +146,47 @@ INTERSTATE_INLINE V load_as(const T* p) {
         V r;
         std::memcpy(&r.v, &w, sizeof r.v);
         return r;
-    } else {
+    } else if constexpr (std::is_same_v<T, std::remove_cvref_t<decltype(V{}.v[0])>>) {
         return load<V>(p);
+    } else {
+        return {__builtin_convertvector(load<Vec<T, V::lanes>>(p).v, typename V::type)};
+    }
+}
+
+/// Stores N lanes as elements of storage type T, rounded to nearest even: the inverse of load_as.
+template <class T, class A, int N>
+INTERSTATE_INLINE void store_as(T* p, const Vec<A, N>& x) {
+    if constexpr (std::is_same_v<T, f16> || std::is_same_v<T, bf16>) {
+        static_assert(std::is_same_v<A, float>, "interstate: 16-bit storage is written from float");
+        using half_type = typename detail::Bits<std::uint16_t, N>::type;
+        using word_type = typename detail::Bits<std::uint32_t, N>::type;
+        word_type bits;
+        std::memcpy(&bits, &x.v, sizeof bits);
+        const word_type a = bits & 0x7fffffffu;
+        word_type w;
+        if constexpr (std::is_same_v<T, bf16>) {
+            w = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+            w = a > 0x7f800000u ? (bits >> 16) | 0x40u : w;
+        } else {
+            // As detail::f16_bits does: subnormals by the float adder, overflow to Inf, NaN stays NaN.
+            typename Vec<float, N>::type above;
+            std::memcpy(&above, &a, sizeof above);
+            above += 0.5f;
+            word_type small;
+            std::memcpy(&small, &above, sizeof small);
+            small -= 0x3f000000u;
+            w = (a + 0xfffu + ((a >> 13) & 1u) - 0x38000000u) >> 13;
+            w = a < 0x38800000u ? small : w;
+            w = a >= 0x477ff000u ? (a ^ a) | 0x7c00u : w;
+            w = a > 0x7f800000u ? (a ^ a) | 0x7e00u : w;
+            w |= (bits >> 16) & 0x8000u;
+        }
+        const half_type h = __builtin_convertvector(w, half_type);
+        std::memcpy(p, &h, sizeof h);
+    } else if constexpr (std::is_same_v<T, A>) {
+        store(p, x);
+    } else {
+        store(p, Vec<T, N>{__builtin_convertvector(x.v, typename Vec<T, N>::type)});
     }
 }
 

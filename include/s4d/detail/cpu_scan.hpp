@@ -1,10 +1,8 @@
 // S4D on the CPU as a recurrence: vector lanes are channels, time runs in the inner loop.
 //
-// A task is one recurrence (batch row or packed sequence) and one block of W channels. It copies 256
-// tokens of u into a [token][lane] tile (which absorbs any strides and storage dtype), then runs pairs
-// of modes down the tile with state and coefficients in registers: 8 FMAs per mode and token, and the
-// tile is read from L1. Backward recomputes the states of one tile from a checkpoint (one per 256
-// tokens, kept by forward) and walks it in reverse.
+// Pairs of modes run down a tile of 256 tokens with state and coefficients in registers: 8 FMAs per mode
+// and token, and the tile is read from L1. Backward recomputes the states of one tile from a checkpoint
+// (one per 256 tokens, kept by forward) and walks it in reverse.
 //
 // Precision. A float recurrence drifts: Abar rounded to float turns the phase by up to 4e-3 over 65,536
 // tokens, and rounding the state at every token adds noise that a slowly decaying mode never forgets.
@@ -16,20 +14,12 @@
 // Equation numbers: docs/ops/s4d.md.
 #pragma once
 
-#include <algorithm>
-
-#include <interstate/cpu/parallel.hpp>
-#include <interstate/cpu/simd.hpp>
-#include <interstate/dispatch.hpp>
-#include <s4d/detail/discretize.hpp>
-#include <s4d/reference.hpp>
+#include <s4d/detail/cpu_tile.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace s4d::detail {
 
-inline constexpr Index tile_tokens = 256;   // a checkpoint each; also the tile in L1
-inline constexpr Index carry_tokens = 32;   // divides tile_tokens
-inline constexpr Index lane_padding = 16;   // widest block; checkpoints do not depend on the ISA
+inline constexpr Index carry_tokens = 32;  // divides tile_tokens
 
 /// Coefficients of one mode and one block of channels, W lanes each; C is 2C.
 enum Coefficient { Are, Aim, Bre, Bim, Cre, Cim, coefficients };
@@ -42,106 +32,41 @@ inline constexpr Index table_rows = 2 * carry_tokens;
 template <class A>
 inline constexpr bool carried = std::is_same_v<A, float>;
 
-/// Number of checkpointed tiles before sequence i, an upper bound that leaves no overlap.
-inline Index first_checkpoint(const View<const std::int32_t, 1>& cu, const Shape& s, Index i) {
-    return s.packed() ? cu(i) / tile_tokens + i : i * ceil_div(s.length, tile_tokens);
-}
-inline Index checkpoint_count(const Shape& s) {
-    return s.packed() ? s.length / tile_tokens + s.sequences : s.batch * ceil_div(s.length, tile_tokens);
-}
-/// Values in one checkpoint: (N, 2, padded H).
-inline Index checkpoint_size(const Shape& s) {
-    return s.modes * 2 * ceil_div(s.channels, lane_padding) * lane_padding;
-}
-
 /// Gradients that a backward task accumulates for a mode, W lanes each, in float64.
 enum Partial { dAre, dAim, dBre, dBim, dCre, dCim, partials };
 
-/// Tasks that split the recurrences in backward. Fixed, so that sums do not depend on threads.
-inline Index backward_groups(const Shape& s) { return std::min<Index>(s.states(), 16); }
-
 template <class A>
 struct ScanLayout {
-    A* coefficient;      // (blocks, N, coefficients, W)
+    A* coefficient;      // (directions, blocks, N, coefficients, W)
     double* carry;       // (blocks, N, carries, W), float tiles
     A* response;         // (blocks, N, table_rows, W), float tiles: Abar^l Bbar
-    A* response_dy;      // (blocks, N, table_rows, W), float tiles in backward: conj(2 C Abar^(l+1))
-    A* feedthrough;      // (blocks, W): D
+    A* response_dy;  // (directions, blocks, N, table_rows, W), float tiles in backward: conj(2 C Abar^(l+1))
+    A* feedthrough;      // (directions, blocks, W): D, and zero for the reversed direction
     A* tiles;            // (threads, tiles_size)
+    A* sum;              // (threads, L + 1, W), bidirectional
     double* states;      // (threads, states_size)
-    double* partial;     // (groups, blocks, N, partials, W), backward
-    double* partial_D;   // (groups, blocks, W), backward
-    Index tiles_size, states_size;
+    double* partial;     // (groups, blocks, directions, N, partials, W), backward
+    double* partial_D;   // (groups, blocks, directions, W), backward
+    Index tiles_size, sum_size, states_size;
 
     ScanLayout(Arena& arena, const Shape& s, pass p, int threads, Index W) {
-        const Index blocks = ceil_div(s.channels, W), modes = blocks * s.modes;
+        const Index blocks = ceil_div(s.channels, W), modes = blocks * s.modes, both = directions(s);
         const bool back = p == pass::backward;
-        coefficient = arena.take<A>(modes * coefficients * W);
+        coefficient = arena.take<A>(both * modes * coefficients * W);
         carry = carried<A> ? arena.take<double>(modes * carries * W) : nullptr;
         response = carried<A> ? arena.take<A>(modes * table_rows * W) : nullptr;
-        response_dy = carried<A> && back ? arena.take<A>(modes * table_rows * W) : nullptr;
-        feedthrough = arena.take<A>(blocks * W);
+        response_dy = carried<A> && back ? arena.take<A>(both * modes * table_rows * W) : nullptr;
+        feedthrough = arena.take<A>(both * blocks * W);
         tiles_size = back ? (3 * tile_tokens + 2 * 2 * (tile_tokens + 1)) * W : 2 * tile_tokens * W;
         tiles = arena.take<A>(threads * tiles_size);
+        sum_size = s.bidirectional ? (s.length + 1) * W : 0;
+        sum = arena.take<A>(threads * sum_size);
         states_size = 2 * s.modes * W;
         states = arena.take<double>(threads * states_size);
         const Index groups = back ? backward_groups(s) : 0;
-        partial = arena.take<double>(groups * modes * partials * W);
-        partial_D = arena.take<double>(groups * blocks * W);
+        partial = arena.take<double>(groups * modes * both * partials * W);
+        partial_D = arena.take<double>(groups * blocks * both * W);
     }
-};
-
-/// Rows [begin, begin + count) of W channels starting at h, into or out of a [token][lane] tile.
-template <int W, class A, class T>
-INTERSTATE_INLINE void load_tile(A* tile, const View<const T, 3>& x, Index b, Index begin, Index count, Index h,
-                                 Index width) {
-    const T* row = &x(b, begin, h);
-    for (Index t = 0; t < count; ++t, row += x.stride[1]) {
-        if (width == W && x.stride[2] == 1) {
-            for (Index lane = 0; lane < W; ++lane) tile[t * W + lane] = static_cast<A>(row[lane]);
-        } else {
-            for (Index lane = 0; lane < W; ++lane)
-                tile[t * W + lane] = lane < width ? static_cast<A>(row[lane * x.stride[2]]) : A(0);
-        }
-    }
-}
-template <int W, class A, class T>
-INTERSTATE_INLINE void store_tile(const A* tile, const View<T, 3>& x, Index b, Index begin, Index count, Index h,
-                                  Index width) {
-    T* row = &x(b, begin, h);
-    for (Index t = 0; t < count; ++t, row += x.stride[1]) {
-        if (width == W && x.stride[2] == 1) {
-            for (Index lane = 0; lane < W; ++lane) row[lane] = T(tile[t * W + lane]);
-        } else {
-            for (Index lane = 0; lane < width; ++lane) row[lane * x.stride[2]] = T(tile[t * W + lane]);
-        }
-    }
-}
-
-/// States (i, h.., n) between memory and (N, 2, W) lanes of float64; an absent tensor reads as zero.
-template <int W, class A>
-INTERSTATE_INLINE void load_state(double* state, const View<const complex<A>, 3>& x, Index i, Index h, Index width,
-                                  Index modes) {
-    for (Index n = 0; n < modes; ++n)
-        for (Index lane = 0; lane < W; ++lane) {
-            const complex<A> z = x && lane < width ? x(i, h + lane, n) : complex<A>{};
-            state[(2 * n) * W + lane] = static_cast<double>(z.re);
-            state[(2 * n + 1) * W + lane] = static_cast<double>(z.im);
-        }
-}
-template <int W, class A>
-INTERSTATE_INLINE void store_state(const double* state, const View<complex<A>, 3>& x, Index i, Index h, Index width,
-                                   Index modes) {
-    if (!x) return;
-    for (Index n = 0; n < modes; ++n)
-        for (Index lane = 0; lane < width; ++lane)
-            x(i, h + lane, n) = {static_cast<A>(state[(2 * n) * W + lane]),
-                                 static_cast<A>(state[(2 * n + 1) * W + lane])};
-}
-
-template <class V>
-struct Complexes {
-    V re, im;
 };
 
 /// The pair of rows at p, converted to the accumulator where it is float64 state.
@@ -200,8 +125,8 @@ INTERSTATE_INLINE void advance(Complexes<V>& x, const Complexes<V>& a, const Com
 
 /// Carries one mode's state over tokens [begin, end) of a tile of u.
 template <class V, class A>
-INTERSTATE_INLINE void carry_forward(double* state, const double* carry, const A* response, const A* u, Index begin,
-                                     Index end) {
+INTERSTATE_INLINE void carry_forward(double* state, const double* carry, const A* response, const A* u,
+                                     Index begin, Index end) {
     constexpr int W = V::lanes;
     Complexes<V> local{simd::broadcast<V>(0.0), simd::broadcast<V>(0.0)};
     for (Index t = begin; t < end; ++t) {
@@ -215,8 +140,8 @@ INTERSTATE_INLINE void carry_forward(double* state, const double* carry, const A
 
 /// Carries one mode's gradient of the state back over tokens [begin, end) of a tile of dy (eq. 6).
 template <class V, class A>
-INTERSTATE_INLINE void carry_backward(double* g, const double* carry, const A* response_dy, const A* dy, Index begin,
-                                      Index end) {
+INTERSTATE_INLINE void carry_backward(double* g, const double* carry, const A* response_dy, const A* dy,
+                                      Index begin, Index end) {
     constexpr int W = V::lanes;
     Complexes<V> local{simd::broadcast<V>(0.0), simd::broadcast<V>(0.0)};
     for (Index t = begin; t < end; ++t) {
@@ -247,35 +172,21 @@ struct ModeTables {
     }
 };
 
-/// What a task works on: one recurrence and one block of channels, with its thread's scratch.
 template <class A>
-struct ScanTask {
-    Index i, batch;  // recurrence, and its batch row
-    RowRange rows;
-    Index h, width;  // first channel of the block, and how many of its lanes are channels
-    Index modes;
-    ModeTables<A> tables;
-    const A* feedthrough;
-    A* tiles;
-    double* state;
-    A* checkpoint;           // of the first tile and this block, or null
-    Index checkpoint_stride; // from tile to tile
-    Index lane_stride;       // padded H
-};
-
-template <class T>
-struct ForwardBody {
-    using A = acc_t<T>;
+struct ScanForward {
     struct Args {
-        View<const T, 3> u;
-        View<const complex<A>, 3> x0;
-        Outputs<T> out;
-        ScanTask<A> task;
+        ModeTables<A> tables;
+        const A* feedthrough;
+        const A* u;
+        A* y;
+        double* state;  // (N, 2, W), moved to the end of the tile
+        Index modes, count;
     };
 
     /// A pair of modes (or the odd one) down a tile; tables and state start at the first of them.
     template <int Modes, class V>
-    static INTERSTATE_INLINE void tile(const A* u, A* y, double* state, const ModeTables<A>& tables, Index count) {
+    static INTERSTATE_INLINE void tile(const A* u, A* y, double* state, const ModeTables<A>& tables,
+                                       Index count) {
         constexpr int W = V::lanes;
         Complexes<V> x[Modes], a[Modes], b[Modes], c[Modes];
         for (int m = 0; m < Modes; ++m) {
@@ -311,44 +222,31 @@ struct ForwardBody {
     static INTERSTATE_INLINE void run(const Args& args) {
         using V = simd::Native<Set, A>;
         constexpr int W = V::lanes;
-        const ScanTask<A>& task = args.task;
-        const Index N = task.modes;
-        A* u = task.tiles;
-        A* y = u + tile_tokens * W;
-        load_state<W, A>(task.state, args.x0, task.i, task.h, task.width, N);
-        const V d = simd::load<V>(task.feedthrough);
-        A* checkpoint = task.checkpoint;
-        for (Index begin = task.rows.begin; begin < task.rows.end; begin += tile_tokens) {
-            const Index count = task.rows.end - begin < tile_tokens ? task.rows.end - begin : tile_tokens;
-            if (checkpoint) {
-                for (Index r = 0; r < 2 * N; ++r)
-                    for (int lane = 0; lane < W; ++lane)
-                        checkpoint[r * task.lane_stride + lane] = static_cast<A>(task.state[r * W + lane]);
-                checkpoint += task.checkpoint_stride;
-            }
-            load_tile<W, A, T>(u, args.u, task.batch, begin, count, task.h, task.width);
-            for (Index t = 0; t < count; ++t) simd::store(y + t * W, d * simd::load<V>(u + t * W));
-            Index n = 0;
-            for (; n + 2 <= N; n += 2)
-                tile<2, V>(u, y, task.state + 2 * n * W, task.tables.from(n, W), count);
-            if (n < N) tile<1, V>(u, y, task.state + 2 * n * W, task.tables.from(n, W), count);
-            store_tile<W, A, T>(y, args.out.y, task.batch, begin, count, task.h, task.width);
-        }
-        store_state<W, A>(task.state, args.out.xT, task.i, task.h, task.width, N);
+        const V d = simd::load<V>(args.feedthrough);
+        for (Index t = 0; t < args.count; ++t) simd::store(args.y + t * W, d * simd::load<V>(args.u + t * W));
+        Index n = 0;
+        for (; n + 2 <= args.modes; n += 2)
+            tile<2, V>(args.u, args.y, args.state + 2 * n * W, args.tables.from(n, W), args.count);
+        if (n < args.modes)
+            tile<1, V>(args.u, args.y, args.state + 2 * n * W, args.tables.from(n, W), args.count);
     }
 };
 
-template <class T>
-struct BackwardBody {
-    using A = acc_t<T>;
+template <class A>
+struct ScanBackward {
     struct Args {
-        View<const T, 3> u;
-        Upstream<T> upstream;
-        View<T, 3> du;                // may be null
-        View<complex<A>, 3> dx0;      // may be null
-        ScanTask<A> task;
-        double* partial;  // of this group and block
-        double* partial_D;
+        ModeTables<A> tables;
+        const A* feedthrough;
+        const A* u;
+        const A* dy;
+        A* du;
+        A* x;                 // scratch for the states of a pair of modes
+        double* state;        // (N, 2, W), gradient of the state, moved to the beginning of the tile
+        const A* checkpoint;  // (N, 2) rows of lanes
+        Index lane_stride;    // from row to row of the checkpoint
+        double* partial;      // (N, partials, W)
+        double* partial_D;    // (W)
+        Index modes, count;
     };
 
     template <class V>
@@ -455,72 +353,64 @@ struct BackwardBody {
     static INTERSTATE_INLINE void run(const Args& args) {
         using V = simd::Native<Set, A>;
         constexpr int W = V::lanes;
-        const ScanTask<A>& task = args.task;
-        const Index N = task.modes;
-        A* u = task.tiles;
-        A* dy = u + tile_tokens * W;
-        A* du = dy + tile_tokens * W;
-        A* x = du + tile_tokens * W;
-        load_state<W, A>(task.state, args.upstream.xT, task.i, task.h, task.width, N);
-        const V d = simd::load<V>(task.feedthrough);
-        for (Index c = ceil_div(task.rows.end - task.rows.begin, tile_tokens) - 1; c >= 0; --c) {
-            const Index begin = task.rows.begin + c * tile_tokens;
-            const Index count = task.rows.end - begin < tile_tokens ? task.rows.end - begin : tile_tokens;
-            load_tile<W, A, T>(u, args.u, task.batch, begin, count, task.h, task.width);
-            load_tile<W, A, T>(dy, args.upstream.y, task.batch, begin, count, task.h, task.width);
-            V dd = simd::broadcast<V>(0.0);
-            for (Index t = 0; t < count; ++t) {
-                const V dyt = simd::load<V>(dy + t * W);
-                dd = simd::fma(simd::load<V>(u + t * W), dyt, dd);
-                simd::store(du + t * W, d * dyt);
-            }
-            add(args.partial_D, dd);
-            const A* checkpoint = task.checkpoint + c * task.checkpoint_stride;
-            Index n = 0;
-            for (; n + 2 <= N; n += 2) modes<2, V>(args, u, dy, du, x, checkpoint, n, count);
-            if (n < N) modes<1, V>(args, u, dy, du, x, checkpoint, n, count);
-            if (args.du) store_tile<W, A, T>(du, args.du, task.batch, begin, count, task.h, task.width);
+        const V d = simd::load<V>(args.feedthrough);
+        V dd = simd::broadcast<V>(0.0);
+        for (Index t = 0; t < args.count; ++t) {
+            const V dyt = simd::load<V>(args.dy + t * W);
+            dd = simd::fma(simd::load<V>(args.u + t * W), dyt, dd);
+            simd::store(args.du + t * W, d * dyt);
         }
-        store_state<W, A>(task.state, args.dx0, task.i, task.h, task.width, N);
+        add(args.partial_D, dd);
+        Index n = 0;
+        for (; n + 2 <= args.modes; n += 2) modes<2, V>(args, n);
+        if (n < args.modes) modes<1, V>(args, n);
     }
 
     template <int Modes, class V>
-    static INTERSTATE_INLINE void modes(const Args& args, const A* u, const A* dy, A* du, A* x, const A* checkpoint,
-                                        Index n, Index count) {
+    static INTERSTATE_INLINE void modes(const Args& args, Index n) {
         constexpr int W = V::lanes;
-        const ModeTables<A> tables = args.task.tables.from(n, W);
-        recompute<Modes, V>(u, x, checkpoint + 2 * n * args.task.lane_stride, args.task.lane_stride, tables, count);
-        tile<Modes, V>(u, dy, du, args.task.state + 2 * n * W, x, tables, args.partial + n * partials * W, count);
+        const ModeTables<A> tables = args.tables.from(n, W);
+        recompute<Modes, V>(args.u, args.x, args.checkpoint + 2 * n * args.lane_stride, args.lane_stride,
+                            tables, args.count);
+        tile<Modes, V>(args.u, args.dy, args.du, args.state + 2 * n * W, args.x, tables,
+                       args.partial + n * partials * W, args.count);
     }
 };
 
 /// Tables of every block, formed in float64; lanes beyond the last channel are zero.
 template <class A, class P>
 void fill_tables(const Options& options, const Params<P>& p, const ScanLayout<A>& w, Index W, int threads) {
-    const Index H = p.log_neg_re.extent[0], N = p.log_neg_re.extent[1];
-    parallel_for(ceil_div(H, W), threads, [&](Index block, int) {
+    const Index H = p.log_neg_re.extent[0], N = p.log_neg_re.extent[1], blocks = ceil_div(H, W);
+    parallel_for(blocks, threads, [&](Index block, int) {
         for (Index lane = 0; lane < W; ++lane) {
             const Index h = block * W + lane;
             w.feedthrough[h] = h < H && p.D ? static_cast<A>(p.D(h)) : A(0);
+            if (p.C_reverse) w.feedthrough[blocks * W + h] = A(0);
             for (Index n = 0; n < N; ++n) {
-                const Index at = block * N + n;
+                const Index at = block * N + n, at_reverse = at + blocks * N;
                 const Mode m = h < H ? mode_at(options.disc, p, h, n) : Mode{};
                 const c64 C2 = h < H ? 2.0 * cast<double>(p.C(h, n)) : c64{};
-                A* k = w.coefficient + at * coefficients * W + lane;
+                const c64 C2_reverse = h < H && p.C_reverse ? 2.0 * cast<double>(p.C_reverse(h, n)) : c64{};
                 const auto put = [&](A* to, c64 z) {
-                    to[0] = static_cast<A>(z.re);
-                    to[W] = static_cast<A>(z.im);
+                    to[lane] = static_cast<A>(z.re);
+                    to[lane + W] = static_cast<A>(z.im);
                 };
-                put(k + Are * W, m.Abar);
-                put(k + Bre * W, m.Bbar);
-                put(k + Cre * W, C2);
+                const auto put_all = [&](A* k, c64 C) {
+                    put(k + Are * W, m.Abar);
+                    put(k + Bre * W, m.Bbar);
+                    put(k + Cre * W, C);
+                };
+                put_all(w.coefficient + at * coefficients * W, C2);
+                if (p.C_reverse) put_all(w.coefficient + at_reverse * coefficients * W, C2_reverse);
                 if constexpr (carried<A>) {
                     c64 power{1.0, 0.0};  // Abar^l
                     for (Index l = 0; l < carry_tokens; ++l) {
-                        put(w.response + (at * table_rows + 2 * l) * W + lane, power * m.Bbar);
+                        put(w.response + (at * table_rows + 2 * l) * W, power * m.Bbar);
                         power = power * m.Abar;
-                        if (w.response_dy)
-                            put(w.response_dy + (at * table_rows + 2 * l) * W + lane, conj(C2 * power));
+                        if (w.response_dy) put(w.response_dy + (at * table_rows + 2 * l) * W, conj(C2 * power));
+                        if (w.response_dy && p.C_reverse)
+                            put(w.response_dy + (at_reverse * table_rows + 2 * l) * W,
+                                conj(C2_reverse * power));
                     }
                     double* carry = w.carry + at * carries * W + lane;
                     carry[A1re * W] = m.Abar.re;
@@ -533,25 +423,13 @@ void fill_tables(const Options& options, const Params<P>& p, const ScanLayout<A>
     });
 }
 
-/// The task of recurrence i and a block of channels.
-template <class T, class P, class A>
-ScanTask<A> scan_task(const Inputs<T, P>& in, const Shape& s, const ScanLayout<A>& w, A* checkpoints, Index W, Index i,
-                      Index block, int worker) {
-    const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
-    const Index size = checkpoint_size(s);
-    return {.i = i,
-            .batch = batch,
-            .rows = rows,
-            .h = block * W,
-            .width = std::min(W, s.channels - block * W),
-            .modes = s.modes,
-            .tables = ModeTables<A>{w.coefficient, w.carry, w.response, w.response_dy}.from(block * s.modes, W),
-            .feedthrough = w.feedthrough + block * W,
-            .tiles = w.tiles + worker * w.tiles_size,
-            .state = w.states + worker * w.states_size,
-            .checkpoint = checkpoints ? checkpoints + first_checkpoint(in.cu_seqlens, s, i) * size + block * W : nullptr,
-            .checkpoint_stride = size,
-            .lane_stride = size / std::max<Index>(2 * s.modes, 1)};
+/// The tables of one block of channels in direction d.
+template <class A>
+ModeTables<A> scan_tables(const ScanLayout<A>& w, const Shape& s, Index W, Index block, Index d) {
+    const Index modes = ceil_div(s.channels, W) * s.modes;
+    const ModeTables<A> tables{w.coefficient + d * modes * coefficients * W, w.carry, w.response,
+                               w.response_dy ? w.response_dy + d * modes * table_rows * W : nullptr};
+    return tables.from(block * s.modes, W);
 }
 
 /// exec has been resolved.
@@ -560,17 +438,40 @@ void scan_forward(const cpu& exec, const Options& options, const Inputs<T, P>& i
                   Saved saved, Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(in);
-    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W);
-    Arena arena(ws.data);
-    const ScanLayout<A> w(arena, s, pass::forward, thread_count(exec.threads), W);
+    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes;
+    Arena arena(ws.data), saved_arena(saved.data);
+    const ScanLayout<A> w(arena, s, pass::forward, exec.threads, W);
+    A* kept = saved_arena.take<A>(directions(s) * checkpoint_count(s) * checkpoint_size(s));
     fill_tables<A>(options, in.params, w, W, exec.threads);
     zero_outside_sequences(out.y, in.cu_seqlens, s);
-    Arena saved_arena(saved.data);
-    A* checkpoints = saved_arena.take<A>(checkpoint_count(s) * checkpoint_size(s));
     parallel_for(s.states() * blocks, exec.threads, [&](Index task, int worker) {
-        simd::run_body<ForwardBody<T>>(
-            exec.isa, typename ForwardBody<T>::Args{
-                     in.u, in.x0, out, scan_task(in, s, w, checkpoints, W, task / blocks, task % blocks, worker)});
+        const Index i = task / blocks, block = task % blocks, h = block * W,
+                    width = std::min(W, s.channels - h);
+        const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
+        A* u = w.tiles + worker * w.tiles_size;
+        A* y = u + tile_tokens * W;
+        double* state = w.states + worker * w.states_size;
+        for (Index d = directions(s) - 1; d >= 0; --d) {
+            const bool reverse = d == 1;
+            const TileStream<T> stream{exec.isa, {batch, rows, reverse}, h, width, W,
+                                       s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
+            load_state(state, reverse ? View<const complex<A>, 3>{} : in.x0, i, h, width, N, W);
+            A* checkpoint = checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse);
+            for (Index begin = 0; begin < stream.length(); begin += tile_tokens) {
+                const Index count = std::min(tile_tokens, stream.length() - begin);
+                if (checkpoint) {
+                    store_checkpoint(checkpoint, state, s, W);
+                    checkpoint += checkpoint_size(s);
+                }
+                stream.load(u, in.u, begin, count, count);
+                simd::run_body<ScanForward<A>>(
+                    exec.isa, typename ScanForward<A>::Args{scan_tables(w, s, W, block, d),
+                                                            w.feedthrough + (d * blocks + block) * W, u, y,
+                                                            state, N, count});
+                stream.store_y(y, out.y, begin, count);
+            }
+            if (!reverse) store_state(state, out.xT, i, h, width, N, W);
+        }
     });
 }
 
@@ -580,47 +481,70 @@ void scan_backward(const cpu& exec, const Options& options, const Inputs<T, P>& 
     using A = acc_t<T>;
     const Shape s = shape_of(in);
     const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes;
-    const Index groups = backward_groups(s);
-    Arena arena(ws.data);
-    const ScanLayout<A> w(arena, s, pass::backward, thread_count(exec.threads), W);
+    const Index groups = backward_groups(s), both = directions(s);
+    Arena arena(ws.data), saved_arena(saved.data);
+    const ScanLayout<A> w(arena, s, pass::backward, exec.threads, W);
+    A* kept = saved_arena.take<A>(both * checkpoint_count(s) * checkpoint_size(s));
     fill_tables<A>(options, in.params, w, W, exec.threads);
     zero_outside_sequences(grads.u, in.cu_seqlens, s);
-    Arena saved_arena(saved.data);
-    A* checkpoints = saved_arena.take<A>(checkpoint_count(s) * checkpoint_size(s));
     const Index partial_size = N * partials * W;
-    std::fill_n(w.partial, groups * blocks * partial_size, 0.0);
-    std::fill_n(w.partial_D, groups * blocks * W, 0.0);
     parallel_for(groups * blocks, exec.threads, [&](Index task, int worker) {
-        for (Index i = task / blocks; i < s.states(); i += groups)
-            simd::run_body<BackwardBody<T>>(
-                exec.isa, typename BackwardBody<T>::Args{
-                         in.u, upstream, grads.u, grads.x0,
-                         scan_task(in, s, w, checkpoints, W, i, task % blocks, worker),
-                         w.partial + task * partial_size, w.partial_D + task * W});
+        const Index block = task % blocks, h = block * W, width = std::min(W, s.channels - h);
+        A* u = w.tiles + worker * w.tiles_size;
+        A* dy = u + tile_tokens * W;
+        A* du = dy + tile_tokens * W;
+        double* state = w.states + worker * w.states_size;
+        double* partial = w.partial + task * both * partial_size;
+        double* partial_D = w.partial_D + task * both * W;
+        std::fill_n(partial, both * partial_size, 0.0);
+        std::fill_n(partial_D, both * W, 0.0);
+        for (Index i = task / blocks; i < s.states(); i += groups) {
+            const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
+            for (Index d = both - 1; d >= 0; --d) {
+                const bool reverse = d == 1;
+                const TileStream<T> stream{exec.isa, {batch, rows, reverse}, h, width, W,
+                                           s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
+                const A* checkpoints = checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse);
+                load_state(state, reverse ? View<const complex<A>, 3>{} : upstream.xT, i, h, width, N, W);
+                for (Index c = ceil_div(stream.length(), tile_tokens) - 1; c >= 0; --c) {
+                    const Index begin = c * tile_tokens, count = std::min(tile_tokens, stream.length() - begin);
+                    stream.load(u, in.u, begin, count, count);
+                    stream.load_dy(dy, upstream.y, begin, count, count);
+                    simd::run_body<ScanBackward<A>>(
+                        exec.isa,
+                        typename ScanBackward<A>::Args{
+                            scan_tables(w, s, W, block, d), w.feedthrough + (d * blocks + block) * W, u, dy,
+                            du, du + tile_tokens * W, state, checkpoints + c * checkpoint_size(s),
+                            checkpoint_lanes(s), partial + d * partial_size, partial_D + d * W, N, count});
+                    stream.store_du(du, grads.u, begin, count);
+                }
+                if (!reverse) store_state(state, grads.x0, i, h, width, N, W);
+            }
+        }
     });
     parallel_for(s.channels, exec.threads, [&](Index h, int) {
         const Index block = h / W, lane = h % W;
-        const auto total = [&](Index n, Partial which) {
+        const auto total = [&](Index d, Index n, Partial which) {
             c64 sum{};
             for (Index group = 0; group < groups; ++group) {
-                const double* at = w.partial + (group * blocks + block) * partial_size + (n * partials + which) * W + lane;
+                const double* at = w.partial + ((group * blocks + block) * both + d) * partial_size +
+                                   (n * partials + which) * W + lane;
                 sum += {at[0], at[W]};
             }
             return sum;
         };
-        double dlog_dt = 0.0, dD = 0.0;
-        for (Index group = 0; group < groups; ++group) dD += w.partial_D[(group * blocks + block) * W + lane];
-        for (Index n = 0; n < N; ++n) {
-            const ModeGrads g = discretize_backward(options.disc, mode_at(options.disc, in.params, h, n),
-                                                    cast<double>(in.params.B(h, n)), total(n, dAre), total(n, dBre));
-            dlog_dt += g.log_dt;
-            if (grads.params.log_neg_re) grads.params.log_neg_re(h, n) = static_cast<P>(g.log_neg_re);
-            if (grads.params.im) grads.params.im(h, n) = static_cast<P>(g.im);
-            if (grads.params.B) grads.params.B(h, n) = cast<P>(g.B);
-            if (grads.params.C) grads.params.C(h, n) = cast<P>(2.0 * total(n, dCre));
-        }
-        if (grads.params.log_dt) grads.params.log_dt(h) = static_cast<P>(dlog_dt);
-        if (grads.params.D) grads.params.D(h) = static_cast<P>(dD);
+        double dD = 0.0;
+        for (Index group = 0; group < groups; ++group)
+            dD += w.partial_D[(group * blocks + block) * both * W + lane];
+        write_grads(options, in.params, grads.params, h, dD, [&](Index n, const Mode&) {
+            DiscreteGrads g{total(0, n, dAre), total(0, n, dBre), 2.0 * total(0, n, dCre), {}};
+            if (both == 2) {
+                g.Abar += total(1, n, dAre);
+                g.Bbar += total(1, n, dBre);
+                g.C_reverse = 2.0 * total(1, n, dCre);
+            }
+            return g;
+        });
     });
 }
 
@@ -630,7 +554,8 @@ template <class T, class P>
 struct StepBody {
     static constexpr int lanes = 8;
 
-    static INTERSTATE_INLINE void mode(c64 A, c64 B, complex<P> C, double u, complex<acc_t<T>>& x, double& sum) {
+    static INTERSTATE_INLINE void mode(c64 A, c64 B, complex<P> C, double u, complex<acc_t<T>>& x,
+                                       double& sum) {
         const double xr = static_cast<double>(x.re), xi = static_cast<double>(x.im);
         const double re = A.re * xr - A.im * xi + B.re * u;
         const double im = A.re * xi + A.im * xr + B.im * u;

@@ -26,7 +26,7 @@
 #include <s4d/detail/cuda_system.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
-namespace s4d::detail {
+namespace s4d::detail::chunks {
 
 inline constexpr int chunk_tokens = 16;
 inline constexpr int tile_chunks = 32;  // four a thread: see `own`
@@ -705,11 +705,15 @@ __global__ void combine_segments_kernel(View<const std::int32_t, 1> cu, Shape sh
 // chunks. A lane then has one mode (group) and eight chunks in a row (quad), and what the scans leave in its
 // registers is the left factor of the products over chunks that the sums are made of.
 inline constexpr int octet = 8, lane_chunks = tile_chunks / 4;
+inline constexpr int block_octets = 4;  // of a block: more modes are more blocks
 
-/// Shared memory of a channel in the gradient kernel, in elements of A.
+/// Shared memory of a channel in the gradient kernel, in elements of A, for the block's octets.
 struct GradientLayout {
     int octets;
-    INTERSTATE_HD explicit constexpr GradientLayout(Index modes) : octets(ChunkTables(modes).groups / 2) {}
+    INTERSTATE_HD explicit constexpr GradientLayout(Index modes, int block = 0)
+        : octets(ChunkTables(modes).groups / 2 - block * block_octets) {
+        if (octets > block_octets) octets = block_octets;
+    }
     // Left factors, (octets, 2 halves of a chunk, 32 lanes, 4): beta A^(15-s) and gamma A^t.
     INTERSTATE_HD constexpr int V() const { return 0; }
     INTERSTATE_HD constexpr int Q() const { return octets * 256; }
@@ -857,8 +861,8 @@ __device__ __noinline__ void finish_tile(A* mine, A* edges, const A* u_tile, con
     }
 }
 
-/// Sums over the tiles of a part (eq. 19): blocks are G channels, a warp each. run.checkpoints are the states
-/// of the system's run, exchanged_checkpoints those of the exchanged one.
+/// Sums over the tiles of a part (eq. 19): blocks are G channels, a warp each, and up to
+/// 32 modes. run.checkpoints are the states of the system's run, exchanged_checkpoints those of the exchanged one.
 template <class T>
 __global__ void __launch_bounds__(32 * block_channels<T>, 1)
     chunked_gradient_kernel(SystemRun<T> run, View<const T, 3> dy, const SystemMode* modes, const acc_t<T>* tables,
@@ -873,7 +877,9 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
     const int N = static_cast<int>(run.shape.modes);
     const Index h0 = static_cast<Index>(blockIdx.x) * G, h = h0 + channel;
     const ChunkTables at(N);
-    const GradientLayout layout(N);
+    const int block = static_cast<int>(blockIdx.z), first_mode = block * block_octets * octet;
+    const GradientLayout layout(N, block);
+    const int block_modes = N - first_mode < layout.octets * octet ? N - first_mode : layout.octets * octet;
     A* const tiles = reinterpret_cast<A*>(shared);
     A* const all = tiles + G * GradientLayout::tokens;
     A* const mine = all + channel * layout.size();
@@ -886,12 +892,13 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
         for (int i = lane.index; i < layout.octets * 256; i += 32) {
             const int element = i % 4, quad = i / 4 % 4, mode = i / 16 % 8, half = i / 128 % 2, o = i / 256;
             const int t = 8 * half + 2 * quad + element / 2;
-            const int column = at.V(2 * o + mode / 4) + (mode % 4 * 2 + element % 2) * chunk_tokens;
+            const int column =
+                at.V(first_mode / 4 + 2 * o + mode / 4) + (mode % 4 * 2 + element % 2) * chunk_tokens;
             mine[layout.V() + i] = from[column + V_at(t)];
             mine[layout.Q() + i] = exchanged[column + V_at(chunk_tokens - 1 - t)];
         }
         for (int i = lane.index; i < layout.u_E() - layout.powers(); i += 32)
-            mine[layout.powers() + i] = from[at.power(0, 0) + i];
+            mine[layout.powers() + i] = from[at.power(first_mode / 4, 0) + i];
         for (int i = lane.index; i < layout.size() - layout.u_E(); i += 32) mine[layout.u_E() + i] = A(0);
     }
     __syncthreads();
@@ -924,9 +931,9 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
         if (wide_u) mover_u.start(mover_u.at(run.u, t.rows, h0), t.rows.stride(run.u), t.count);
         if (wide_dy) mover_dy.start(mover_dy.at(dy, t.rows, h0), t.rows.stride(dy), t.count);
         if (h < H && t.slot < slots)
-            for (int n = lane.index; n < N; n += 32) {
+            for (int n = lane.index; n < block_modes; n += 32) {
                 A* const edge = mine + layout.edges() + (octet * layout.octets * turn + n) * 4;
-                const Index at_state = (t.slot * H + h) * N + n;
+                const Index at_state = (t.slot * H + h) * N + first_mode + n;
                 device::copy_async<sizeof(complex<A>)>(edge, run.checkpoints + at_state);
                 device::copy_async<sizeof(complex<A>)>(edge + 2, exchanged_checkpoints + at_state);
             }
@@ -1028,7 +1035,8 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
     // The powers come in now, in float64: a lane has mode `group` and tokens 2 quad, 2 quad + 1 of both halves.
     for (int o = 0; o < layout.octets; ++o) {
         const int n = octet * o + lane.group;
-        const SystemMode m = n < N ? modes[h * N + n] : SystemMode{};
+        const Index at_mode = h * N + first_mode + n;
+        const SystemMode m = n < block_modes ? modes[at_mode] : SystemMode{};
         SystemSums sum{};
         const auto element = [&](int base, int t) {
             const A* p = mine + base + 4 * (64 * o + 32 * (t / 8) + lane.index) + t % 2;
@@ -1060,8 +1068,9 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
         const Four<A> tail = four(mine + layout.tail() + n * 4);
         sum.A += {static_cast<double>(tail.x[0]), static_cast<double>(tail.x[1])};
         sum.beta += {static_cast<double>(tail.x[2]), static_cast<double>(tail.x[3])};
-        if (lane.quad == 0 && n < N) sums.modes[(static_cast<Index>(blockIdx.y) * H + h) * N + n] = sum;
+        if (lane.quad == 0 && n < block_modes) sums.modes[static_cast<Index>(blockIdx.y) * H * N + at_mode] = sum;
     }
+    if (block != 0) return;
     // Diagonals of the products of tokens: lag = token of dy - token of u.
     A* const products = u_tile;  // (16, 17)
     __syncwarp();
@@ -1171,11 +1180,12 @@ struct Chunked {
         int G = 0;
         INTERSTATE_RETURN_IF_ERROR(channels_per_block(block_channels<T>, s.channels, bytes, G));
         return launch(exec, "chunked_gradient_kernel", chunked_gradient_kernel<T>,
-                      {dim3(static_cast<unsigned>(ceil_div(s.channels, G)), static_cast<unsigned>(sums.parts)),
+                      {dim3(static_cast<unsigned>(ceil_div(s.channels, G)), static_cast<unsigned>(sums.parts),
+                            static_cast<unsigned>(std::max<Index>(ceil_div(s.modes, block_octets * octet), 1))),
                        dim3(static_cast<unsigned>(32 * G)), static_cast<std::size_t>(G) * bytes},
                       run, dy, modes, tables.data, exchanged.data, exchanged_checkpoints, sums);
     }
 };
 
-}  // namespace s4d::detail
+}  // namespace s4d::detail::chunks
 }  // namespace interstate::inline INTERSTATE_ABI

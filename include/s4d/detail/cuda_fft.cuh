@@ -20,7 +20,9 @@
 #include <s4d/detail/cuda_kernel.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
-namespace s4d::detail {
+namespace s4d::detail::spectra {
+
+using namespace powers;
 
 inline constexpr int transpose_tile = 32, transpose_rows = 8;  // a block is (tile, rows) threads
 inline constexpr int elementwise_threads = 256;
@@ -345,5 +347,5 @@ class FftRun {
     FftLayout<A> w_;
 };
 
-}  // namespace s4d::detail
+}  // namespace s4d::detail::spectra
 }  // namespace interstate::inline INTERSTATE_ABI

@@ -23,7 +23,7 @@
 #include <s4d/detail/cuda_system.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
-namespace s4d::detail {
+namespace s4d::detail::powers {
 
 inline constexpr int power_radix = 16;                             // entries of a table
 inline constexpr int power_threads = power_radix * power_radix;    // a thread for each (a, b)
@@ -386,5 +386,5 @@ Status run_generate_kernel_backward(const cuda& exec, const Options& options, Pa
                   w.sums, PartialSums{}, grads);
 }
 
-}  // namespace s4d::detail
+}  // namespace s4d::detail::powers
 }  // namespace interstate::inline INTERSTATE_ABI
