@@ -61,20 +61,25 @@ struct CufftTransforms {
     const cuda_fft& exec;
 
     Status start() const {
-        INTERSTATE_RETURN_IF_ERROR(cufft_status(cufftSetStream(exec.to_spectrum, exec.base.stream), "to_spectrum, cufftSetStream"));
+        INTERSTATE_RETURN_IF_ERROR(
+            cufft_status(cufftSetStream(exec.to_spectrum, exec.base.stream), "to_spectrum, cufftSetStream"));
         return cufft_status(cufftSetStream(exec.to_rows, exec.base.stream), "to_rows, cufftSetStream");
     }
     Status to_spectrum(float* rows, complex<float>* bins) const {
-        return cufft_status(cufftExecR2C(exec.to_spectrum, rows, reinterpret_cast<cufftComplex*>(bins)), "cufftExecR2C");
+        return cufft_status(cufftExecR2C(exec.to_spectrum, rows, reinterpret_cast<cufftComplex*>(bins)),
+                            "cufftExecR2C");
     }
     Status to_spectrum(double* rows, complex<double>* bins) const {
-        return cufft_status(cufftExecD2Z(exec.to_spectrum, rows, reinterpret_cast<cufftDoubleComplex*>(bins)), "cufftExecD2Z");
+        return cufft_status(cufftExecD2Z(exec.to_spectrum, rows, reinterpret_cast<cufftDoubleComplex*>(bins)),
+                            "cufftExecD2Z");
     }
     Status to_rows(complex<float>* bins, float* rows) const {
-        return cufft_status(cufftExecC2R(exec.to_rows, reinterpret_cast<cufftComplex*>(bins), rows), "cufftExecC2R");
+        return cufft_status(cufftExecC2R(exec.to_rows, reinterpret_cast<cufftComplex*>(bins), rows),
+                            "cufftExecC2R");
     }
     Status to_rows(complex<double>* bins, double* rows) const {
-        return cufft_status(cufftExecZ2D(exec.to_rows, reinterpret_cast<cufftDoubleComplex*>(bins), rows), "cufftExecZ2D");
+        return cufft_status(cufftExecZ2D(exec.to_rows, reinterpret_cast<cufftDoubleComplex*>(bins), rows),
+                            "cufftExecZ2D");
     }
 };
 

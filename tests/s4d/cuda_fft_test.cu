@@ -191,7 +191,9 @@ void gradients_alone(Checks& checks) {
     Case want;
     const Status truth = run_case<Operator, double, double>(reference{}, {}, all, want);
     checks.expect(truth.ok(), "gradients alone", truth.message());
-    interstate::detail::Tensors<interstate::cuda> memory({}, Layout::contiguous, std::numeric_limits<std::size_t>::max());
+    s4d::cuda_fft exec;
+    interstate::detail::Tensors<interstate::cuda> memory(exec.base, Layout::contiguous,
+                                                         std::numeric_limits<std::size_t>::max());
     std::vector<std::string> seen;
     s4d::Inputs<float> in{};
     interstate::detail::Upload<interstate::cuda> upload{memory, all, "", true, false, &seen, {}};
@@ -202,7 +204,6 @@ void gradients_alone(Checks& checks) {
     interstate::detail::Upload<interstate::cuda> upload_upstream{memory, all, "dout.", true, true, &seen, {}};
     visit(upstream, shape, upload_upstream);
     checks.expect(upload_upstream.status.ok(), "gradients alone", upload_upstream.status.message());
-    s4d::cuda_fft exec;
     Status s = make_fft_plans(shape, exec);
     checks.expect(s.ok(), "gradients alone", s.message());
     Workspace ws{nullptr, workspace_size(exec, s4d::Options{}, shape, pass::backward)};
@@ -260,11 +261,12 @@ void run(Checks& checks, bool quick) {
     for (const Discretization disc : {Discretization::zoh, Discretization::bilinear})
         for (const Index L : {0, 1, 2, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 9001})
             every_kernel_dtype(checks, {.length = L, .disc = disc, .bidirectional = L % 2 == 0});
-    for (const Index N : {0, 1, 5, 8, 9, 15, 16, 17, 24, 25, 64, 131}) every_kernel_dtype(checks, {.length = 300, .modes = N});
+    for (const Index N : {0, 1, 5, 8, 9, 15, 16, 17, 24, 25, 64, 131})
+        every_kernel_dtype(checks, {.length = 300, .modes = N});
     for (const Layout layout : {Layout::reversed, Layout::padded})
         every_kernel_dtype(checks, {.length = 5000, .channels = 3, .layout = layout});
-    every_kernel_dtype(checks, {.length = 65536, .modes = 4, .decay = 1e-4, .log_dt = -4.6});
-    every_kernel_dtype(checks, {.length = 65536, .modes = 4, .disc = Discretization::bilinear, .decay = 1e-4, .log_dt = -4.6});
+    for (const Discretization disc : {Discretization::zoh, Discretization::bilinear})
+        every_kernel_dtype(checks, {.length = 65536, .modes = 4, .disc = disc, .decay = 1e-4, .log_dt = -4.6});
     every_kernel_dtype(checks, {.length = 40, .channels = 0});
     for (const double decay : {1e3, 1e8, 1e30})
         for (const Discretization disc : {Discretization::zoh, Discretization::bilinear})

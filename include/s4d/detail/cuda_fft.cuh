@@ -1,10 +1,11 @@
-// S4D on the GPU as one long convolution: everything around the transforms, which the caller of run_fft_forward
-// and run_fft_backward brings (s4d/fft.cuh, with cuFFT).
+// S4D on the GPU as one long convolution: everything around the transforms, which the caller of FftRun brings
+// (s4d/fft.cuh, with cuFFT).
 //
 // One recurrence at a time. Its tokens are rows (H, n) in workspace, n at least 2 L, zero beyond its end, so that
 // the circular convolution is the causal one; the reversed half of a bidirectional layer is the lags -1, -2, .. of
 // the same kernel, at n-1, n-2, .. . What is not a convolution goes through the two kernels of cuda_kernel.cuh, the
-// whole recurrence being one chunk of length T (docs/ops/s4d.md, "As systems"). With X = x0 and E = conj(dxT):
+// whole recurrence being one chunk (docs/ops/s4d.md, eq. 18; here in the terms of cuda_system.cuh). With T tokens,
+// X = x0 and E = conj(dxT):
 //
 //     y[t]  += Re sum gamma X A^t              xT  = A^T X + beta sum_s A^(T-1-s) u[s]
 //     du[t] += Re sum beta E A^(T-1-t)         conj(dx0) = A^T E + gamma sum_t A^t dy[t]
@@ -46,7 +47,8 @@ template <class A, class T>
 __global__ void __launch_bounds__(transpose_tile * transpose_rows)
     gather_rows_kernel(View<const T, 3> u, Recurrence r, View<A, 2> rows) {
     __shared__ A tile[transpose_tile][transpose_tile + 1];
-    const Index t0 = static_cast<Index>(blockIdx.x) * transpose_tile, h0 = static_cast<Index>(blockIdx.y) * transpose_tile;
+    const Index t0 = static_cast<Index>(blockIdx.x) * transpose_tile;
+    const Index h0 = static_cast<Index>(blockIdx.y) * transpose_tile;
     const RowRange range = rows_of(r);
     const int x = static_cast<int>(threadIdx.x);
     for (int k = static_cast<int>(threadIdx.y); k < transpose_tile; k += transpose_rows) {
@@ -64,7 +66,8 @@ template <class A, class T>
 __global__ void __launch_bounds__(transpose_tile * transpose_rows)
     scatter_rows_kernel(View<const A, 2> rows, Recurrence r, View<T, 3> y) {
     __shared__ A tile[transpose_tile][transpose_tile + 1];
-    const Index t0 = static_cast<Index>(blockIdx.x) * transpose_tile, h0 = static_cast<Index>(blockIdx.y) * transpose_tile;
+    const Index t0 = static_cast<Index>(blockIdx.x) * transpose_tile;
+    const Index h0 = static_cast<Index>(blockIdx.y) * transpose_tile;
     const RowRange range = rows_of(r);
     const int x = static_cast<int>(threadIdx.x);
     for (int k = static_cast<int>(threadIdx.y); k < transpose_tile; k += transpose_rows)
@@ -170,19 +173,19 @@ struct FftLayout {
     PartialSums sums[2];
 
     FftLayout(Arena& arena, const Shape& s, pass p) : n(good_transform_length(s.length)), bins(n / 2 + 1) {
-        const Index H = s.length > 0 ? s.channels : 0, modes_ = s.channels * s.modes;
-        modes[0] = arena.take<SystemMode>(modes_);
-        modes[1] = arena.take<SystemMode>(s.bidirectional ? modes_ : 0);
+        const Index H = s.length > 0 ? s.channels : 0, per_mode = s.channels * s.modes;
+        modes[0] = arena.take<SystemMode>(per_mode);
+        modes[1] = arena.take<SystemMode>(s.bidirectional ? per_mode : 0);
         rows = arena.take<A>(H * n);
         K = arena.take<complex<A>>(H * bins);
         u = arena.take<complex<A>>(H * bins);
-        partial[0] = arena.take<Sloped<double>>(power_parts(s.length) * modes_);
+        partial[0] = arena.take<Sloped<double>>(power_parts(s.length) * per_mode);
         const Index used = p == pass::backward ? 1 : 0;
         dy = arena.take<complex<A>>(used * H * bins);
         dK = arena.take<complex<A>>(used * H * bins);
-        partial[1] = arena.take<Sloped<double>>(used * power_parts(s.length) * modes_);
-        sums[0] = {arena.take<SystemSums>(used * modes_), arena.take<double>(used * s.channels), 1, 1};
-        sums[1] = {arena.take<SystemSums>(s.bidirectional ? used * modes_ : 0), nullptr, 1, 0};
+        partial[1] = arena.take<Sloped<double>>(used * power_parts(s.length) * per_mode);
+        sums[0] = {arena.take<SystemSums>(used * per_mode), arena.take<double>(used * s.channels), 1, 1};
+        sums[1] = {arena.take<SystemSums>(s.bidirectional ? used * per_mode : 0), nullptr, 1, 0};
     }
 };
 
@@ -210,8 +213,8 @@ class FftRun {
             }
             if (s_.length == 0) continue;
             INTERSTATE_RETURN_IF_ERROR(transforms_.to_spectrum(w_.rows, w_.u));
-            INTERSTATE_RETURN_IF_ERROR(
-                launch(exec_, "convolve_kernel", convolve_kernel<A>, elementwise(), s_.channels * w_.bins, scale(), w_.K, w_.u));
+            INTERSTATE_RETURN_IF_ERROR(launch(exec_, "convolve_kernel", convolve_kernel<A>, elementwise(),
+                                              s_.channels * w_.bins, scale(), w_.K, w_.u));
             INTERSTATE_RETURN_IF_ERROR(transforms_.to_rows(w_.u, w_.rows));
             INTERSTATE_RETURN_IF_ERROR(respond(i, in_.x0, false));
             INTERSTATE_RETURN_IF_ERROR(scatter(i, out.y));
@@ -255,8 +258,8 @@ class FftRun {
             if (grads.x0) INTERSTATE_RETURN_IF_ERROR(end_state(i, true, upstream.xT, w_.partial[1], grads.x0));
             if (params && (in_.x0 || upstream.xT))
                 INTERSTATE_RETURN_IF_ERROR(launch(exec_, "state_sums_kernel", state_sums_kernel<A>, mode_threads(),
-                                                  w_.modes[0], s_.channels, s_.modes, recurrence(i), in_.x0, upstream.xT,
-                                                  w_.partial[0], w_.partial[1], power_parts(s_.length),
+                                                  w_.modes[0], s_.channels, s_.modes, recurrence(i), in_.x0,
+                                                  upstream.xT, w_.partial[0], w_.partial[1], power_parts(s_.length),
                                                   w_.sums[0].modes));
         }
         if (!params) return {};
@@ -271,8 +274,8 @@ class FftRun {
                                                   w_.partial[0], power_parts(dK.recurrence.length), w_.sums[half]));
             }
         }
-        return launch(exec_, "finish_gradients_kernel", finish_gradients_kernel<P>, channels(), options_.disc, in_.params,
-                      s_.modes, w_.sums[0], w_.sums[1], g);
+        return launch(exec_, "finish_gradients_kernel", finish_gradients_kernel<P>, channels(), options_.disc,
+                      in_.params, s_.modes, w_.sums[0], w_.sums[1], g);
     }
 
   private:
@@ -283,7 +286,8 @@ class FftRun {
 
     LaunchShape channels() const { return {dim3(static_cast<unsigned>(s_.channels)), dim3(finish_threads)}; }
     LaunchShape mode_threads() const {
-        return {dim3(static_cast<unsigned>(ceil_div(s_.channels * s_.modes, elementwise_threads))), dim3(elementwise_threads)};
+        return {dim3(static_cast<unsigned>(ceil_div(s_.channels * s_.modes, elementwise_threads))),
+                dim3(elementwise_threads)};
     }
     LaunchShape elementwise() const {
         const Index blocks = ceil_div(s_.channels * w_.bins, elementwise_threads);
@@ -317,7 +321,8 @@ class FftRun {
     }
     Status gather(const View<const T, 3>& u, Index i) const {
         if (s_.length == 0) return {};
-        return launch(exec_, "gather_rows_kernel", gather_rows_kernel<A, T>, transpose(w_.n), u, recurrence(i), rows(w_.n));
+        return launch(exec_, "gather_rows_kernel", gather_rows_kernel<A, T>, transpose(w_.n), u, recurrence(i),
+                      rows(w_.n));
     }
     Status scatter(Index i, const View<T, 3>& y) const {
         return launch(exec_, "scatter_rows_kernel", scatter_rows_kernel<A, T>, transpose(s_.length),
@@ -334,8 +339,8 @@ class FftRun {
     }
     Status end_state(Index i, bool exchanged, const View<const complex<A>, 3>& initial, const Sloped<double>* partial,
                      const View<complex<A>, 3>& end) const {
-        return launch(exec_, "end_state_kernel", end_state_kernel<A>, mode_threads(), w_.modes[0], s_.channels, s_.modes,
-                      recurrence(i), exchanged, initial, partial, power_parts(s_.length), end);
+        return launch(exec_, "end_state_kernel", end_state_kernel<A>, mode_threads(), w_.modes[0], s_.channels,
+                      s_.modes, recurrence(i), exchanged, initial, partial, power_parts(s_.length), end);
     }
 
     const cuda& exec_;

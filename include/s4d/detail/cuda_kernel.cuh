@@ -111,7 +111,7 @@ struct alignas(16) PowerTables {
     /// Thread (mode, entry) fills its entry of all three; `factor` goes into low.
     template <class A, class X>
     __device__ void fill(X a, X factor, Index part) {
-        const int mode = static_cast<int>(threadIdx.x) / power_radix, entry = static_cast<int>(threadIdx.x) % power_radix;
+        const int thread = static_cast<int>(threadIdx.x), mode = thread / power_radix, entry = thread % power_radix;
         static_assert(power_radix == 1 << 4);
         const X ones = take_power(a, entry, 4);
         high[mode][entry] = cast<A>(take_power(a, entry, 4));
