@@ -45,19 +45,48 @@ function(interstate_add_gtest target)
         PROPERTIES LABELS "unit;${arg_LABELS}" TIMEOUT 600 ENVIRONMENT "${interstate_test_environment}")
 endfunction()
 
-# CUDA tests are plain programs (the GPU machine has no GoogleTest); 77 says that there is no device.
+# The target of cuFFT, empty where there is none: static where the toolkit has it, so that programs can be carried.
+# The library without callbacks, because the other one needs a device link.
+function(interstate_find_cufft out)
+    set(${out} "" PARENT_SCOPE)
+    foreach(target IN ITEMS CUDA::cufft_static_nocallback CUDA::cufft)
+        if(TARGET ${target})
+            set(${out} ${target} PARENT_SCOPE)
+            return()
+        endif()
+    endforeach()
+endfunction()
+
+# interstate_add_cuda_test(<operator> <source> [PART <name>] [CUFFT])
+# CUDA tests are plain programs (the GPU machine has no GoogleTest); 77 says that there is no device. PART is part of
+# the names of a second test of an operator; CUFFT links cuFFT. tools/gpu_check.sh finds targets by their *_cuda_test.
 function(interstate_add_cuda_test operator source)
+    cmake_parse_arguments(PARSE_ARGV 2 arg "CUFFT" "PART" "")
+    set(name ${operator}.cuda)
+    set(target ${operator}_cuda_test)
+    if(arg_PART)
+        set(name ${operator}.cuda.${arg_PART})
+        set(target ${operator}_${arg_PART}_cuda_test)
+    endif()
+    set(cufft "")
     if(NOT INTERSTATE_HAVE_CUDA)
-        interstate_add_skipped_test(${operator}.cuda "no CUDA compiler (INTERSTATE_CUDA is ${INTERSTATE_CUDA})"
+        interstate_add_skipped_test(${name} "no CUDA compiler (INTERSTATE_CUDA is ${INTERSTATE_CUDA})"
                                     "cuda;${operator}")
         return()
     endif()
-    set(target ${operator}_cuda_test)
+    if(arg_CUFFT)
+        interstate_find_cufft(cufft)
+        if(NOT cufft)
+            interstate_add_skipped_test(${name} "the CUDA toolkit has no cuFFT" "cuda;${operator}")
+            return()
+        endif()
+    endif()
     add_executable(${target} ${source})
     interstate_own_cuda(${target})
-    add_test(NAME ${operator}.cuda COMMAND ${target})
-    set_tests_properties(${operator}.cuda PROPERTIES LABELS "cuda;${operator}" SKIP_RETURN_CODE 77 TIMEOUT 600
-                                                     RESOURCE_LOCK gpu)
+    target_link_libraries(${target} PRIVATE ${cufft})
+    add_test(NAME ${name} COMMAND ${target})
+    set_tests_properties(${name} PROPERTIES LABELS "cuda;${operator}" SKIP_RETURN_CODE 77 TIMEOUT 600
+                                            RESOURCE_LOCK gpu)
 endfunction()
 
 # A test that cannot be built here is still counted, as skipped, and says why.

@@ -4,6 +4,8 @@
 #
 #   tools/gpu_check.sh build [DIR]   builds the CUDA tests and benchmarks into DIR (default build/gpu), with
 #                                    the runtime linked statically, so that DIR can be carried to another machine
+#                                    (cuFFT too where the toolkit has its static library; else the other machine
+#                                    needs libcufft on its LD_LIBRARY_PATH)
 #   tools/gpu_check.sh [run [DIR]]   runs what DIR holds; needs a GPU, and PyTorch for the peers
 #
 # Logs and JSON lines go to $OUT (default DIR/results). Exit 0: all passed; 1: something failed; 77: no device.
@@ -90,5 +92,5 @@ run() {
 case ${1-run} in
     build) build "${2-build/gpu}" ;;
     run) run "${2-build/gpu}" ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

@@ -1,4 +1,6 @@
 // The umbrella for the cuda executor: every operator that has one.
+//
+// s4d/fft.cuh (the executor cuda_fft) is not part of it: it is the one header that needs cuFFT.
 #pragma once
 
 #include <interstate/verify.cuh>

@@ -7,6 +7,7 @@
 
 #include <s4d/detail/cuda_chunked.cuh>
 #include <s4d/detail/cuda_driver.cuh>
+#include <s4d/detail/cuda_kernel.cuh>
 #include <s4d/detail/cuda_scan.cuh>
 #include <s4d/detail/cuda_step.cuh>
 #include <s4d/params.hpp>
@@ -107,6 +108,41 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
         return detail::run_backward<T, Method>(exec, options, in, saved, upstream, grads, ws);
     });
+}
+
+/// Bytes of workspace of `generate_kernel` (pass::forward) and of its backward, for a K of (channels, length).
+inline std::size_t generate_kernel_workspace_size(const cuda&, const Options&, const Shape& shape, pass p) {
+    Arena arena;
+    detail::powers::KernelLayout(arena, shape, p);
+    return arena.required();
+}
+
+/// The Vandermonde kernel K[h,l] = 2 Re sum_n C Bbar Abar^l (eq. 14), K (H, L) in f32 or f64, any strides.
+template <class A, class P>
+Status generate_kernel(const cuda& exec, const Options& options, const Params<P>& params, const View<A, 2>& K,
+                       Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(params, K));
+    const Shape shape = shape_of(params, K);
+    INTERSTATE_RETURN_IF_ERROR(check_workspace(
+        "workspace", ws, generate_kernel_workspace_size(exec, options, shape, pass::forward)));
+    INTERSTATE_RETURN_IF_ERROR(pending_status());
+    Arena arena(ws.data);
+    const detail::powers::KernelLayout w(arena, shape, pass::forward);
+    Params<P> without_D = params;
+    without_D.D = {};
+    return detail::powers::causal_kernel(exec, options, without_D, shape, w.modes, K);
+}
+
+/// Gradients of the parameters from dK (H, L) (eq. 15); those of D and C_reverse, which K does not
+/// depend on, are set to zero.
+template <class A, class P>
+Status generate_kernel_backward(const cuda& exec, const Options& options, const Params<P>& params,
+                                const View<const A, 2>& dK, const BasicParams<P, complex<P>>& grads, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(params, dK, grads));
+    INTERSTATE_RETURN_IF_ERROR(check_workspace(
+        "workspace", ws, generate_kernel_workspace_size(exec, options, shape_of(params, dK), pass::backward)));
+    INTERSTATE_RETURN_IF_ERROR(pending_status());
+    return detail::powers::run_generate_kernel_backward(exec, options, params, dK, grads, ws);
 }
 
 /// Fills Abar and Bbar of `discrete` (eq. 2), in device memory; C and D are the caller's to set.
