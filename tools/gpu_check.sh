@@ -48,6 +48,8 @@ run() {
         exit 77
     fi
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    # Where cuFFT was linked dynamically.
+    export LD_LIBRARY_PATH=${CUDA_HOME:-/usr/local/cuda}/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     tests=("$dir"/*_cuda_test) benches=("$dir"/*_cuda_bench)
     if [[ ! -x ${tests[0]} ]]; then
         echo "gpu_check: no tests in $dir: run 'tools/gpu_check.sh build $1' first" >&2
