@@ -8,7 +8,7 @@
 #                                    needs libcufft on its LD_LIBRARY_PATH)
 #   tools/gpu_check.sh [run [DIR]]   runs what DIR holds; needs a GPU, and PyTorch for the peers
 #
-# Logs and JSON lines go to $OUT (default DIR/results). Exit 0: all passed; 1: something failed; 77: no device.
+# $OUT (default DIR/results) gets figures.jsonl, the JSON lines of the benchmarks and peers, and logs.tar.gz. Exit 0: all passed; 1: something failed; 77: no device.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -41,8 +41,8 @@ step() {
 
 run() {
     local dir=$1/gpu tests benches
-    out=${OUT:-$1/results}
-    mkdir -p "$out"
+    out=$1/results
+    mkdir -p "$out" "${OUT:-$out}"
     if ! nvidia-smi >"$out/device.log" 2>&1; then
         echo "skipped: no device (nvidia-smi: $(head -n 1 "$out/device.log"))"
         exit 77
@@ -83,6 +83,8 @@ run() {
     else
         echo "peers skipped: python3 has no torch"
     fi
+    cat "$out"/*_bench.log "$out"/torch_gpu.log 2>/dev/null | grep '^{' >"${OUT:-$out}/figures.jsonl"
+    tar -czf "${OUT:-$out}/logs.tar.gz" -C "$out" --exclude '*.tar.gz' .
     if ((${#failures[@]})); then
         printf 'gpu_check: %d failed:\n' "${#failures[@]}"
         printf '  %s\n' "${failures[@]}"
