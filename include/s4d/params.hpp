@@ -258,6 +258,9 @@ Status validate(const Params<P>& params, const View<const A, 2>& dK, const Basic
 
 template <class P>
 Status validate(const Params<P>& params, const Discrete<P>& discrete) {
+    if (params.C_reverse)
+        return Status::error(StatusCode::unsupported,
+                             "C_reverse: is given, must be absent: a bidirectional layer cannot go token by token");
     const Shape shape{.channels = params.log_neg_re.extent[0], .modes = params.log_neg_re.extent[1]};
     CheckTensors check;
     auto tensors = params;

@@ -42,13 +42,16 @@ inline Status check_method(const Options& options, const Shape& shape) {
 }  // namespace detail
 
 inline KernelChoice which_kernel(const cuda&, const Options& options, const Shape& shape) {
+    if (!detail::check_method(options, shape).ok())
+        return {"", options.method == Method::fft ? "unsupported: fft needs the executor cuda_fft of s4d/fft.cuh"
+                                                  : "unsupported: chunked takes at most 64 modes on cuda"};
     switch (detail::cuda_method(options, shape)) {
         case Method::chunked: return {"s4d.cuda.chunked", "chunks of 16 tokens as products on tensor cores"};
         case Method::scan:
             return {"s4d.cuda.scan", options.method == Method::scan
                                          ? "block scan over time, one block a channel"
                                          : "block scan over time, because of more than 64 modes"};
-        default: return {"", "fft needs the executor cuda_fft of s4d/fft.cuh"};
+        default: return {"", ""};
     }
 }
 

@@ -74,7 +74,7 @@ inline KernelChoice which_kernel(const cpu& exec, const Options& options, const 
                          "recurrence: as options.method asks");
         default:
             return named("s4d.cpu.chunked.baseline", "s4d.cpu.chunked.avx2", "s4d.cpu.chunked.avx512",
-                         "chunks of 16 tokens: the fastest measured for this shape",
+                         "chunks of 16 tokens: the fastest by a model of measured times",
                          "chunks of 16 tokens: as options.method asks");
     }
 }

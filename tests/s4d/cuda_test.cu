@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 
 #include <interstate/verify.cuh>
 #include <s4d/reference.hpp>
@@ -73,14 +74,19 @@ void packed_with_bad_offsets(Checks& checks) {
     checks.expect(isolated, "packed", "NaN of one sequence must stay in it");
 
     // Offsets that decrease or leave the range are reported, and nothing outside is touched.
-    for (const auto& bad : {std::vector<double>{0, 50, 20, 60}, std::vector<double>{-5, 10, 20, 1000}}) {
-        Case wrong = make({.length = 60, .channels = 3, .modes = 2, .cu_seqlens = bad, .upstream = false}, 4);
+    const double least = std::numeric_limits<std::int32_t>::min();
+    const std::vector<double> bad_offsets[] = {{0, 50, 20, 60}, {-5, 10, 20, 1000}, {-51200, 1100}, {least, 1100, least}};
+    for (int i = 0; i < 8; ++i) {
+        const auto& bad = bad_offsets[i / 2];
+        const s4d::Method method = i % 2 ? s4d::Method::scan : s4d::Method::chunked;
+        Case wrong = make({.length = 1100, .channels = 8, .modes = 2, .cu_seqlens = bad}, 4);
         std::uint32_t* flags = nullptr;
         std::uint32_t seen = 0;
         checks.expect(cudaMalloc(&flags, sizeof *flags) == cudaSuccess, "flags", "cudaMalloc");
         checks.expect(cudaMemset(flags, 0, sizeof *flags) == cudaSuccess, "flags", "cudaMemset");
         Case results;
-        const Status status = run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {}, wrong, results);
+        const Status status = run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {.method = method},
+                                                              wrong, results);
         checks.expect(status.ok(), "bad cu_seqlens", status.message());
         checks.expect(cudaMemcpy(&seen, flags, sizeof seen, cudaMemcpyDeviceToHost) == cudaSuccess, "flags", "copy");
         checks.expect(seen == flag_bad_cu_seqlens, "bad cu_seqlens", "the device flag must be set");
@@ -176,8 +182,73 @@ void host_errors(Checks& checks) {
     checks.expect(s.code() == StatusCode::invalid_argument, "null u", s.message());
 }
 
+/// No sequences at all: nothing to read, and gradients of parameters are zero.
+void no_sequences(Checks& checks) {
+    for (const s4d::Method method : {s4d::Method::chunked, s4d::Method::scan})
+        for (const Index L : {0, 5, 1100}) {
+            const Case c = make({.length = L, .channels = 8, .modes = 3, .cu_seqlens = {0}, .bidirectional = true}, 3);
+            Case got;
+            const Status s = run_case<Operator, float, float>(interstate::cuda{}, {.method = method}, c, got);
+            checks.expect(s.ok(), "no sequences", s.message());
+            for (const auto& [name, tensor] : got.tensors)
+                for (const double x : tensor.values)
+                    if (x != 0.0) checks.expect(false, name.c_str(), "must be zero without sequences");
+        }
+}
+
+/// du and the gradients of the parameters, wanted alone: a null view is not written, whatever strides it has.
+void gradients_alone(Checks& checks) {
+    const Index B = 1, L = 700, H = 8, N = 4;
+    const auto zeros = [&]<class E>(E, Index n) {
+        E* p = nullptr;
+        checks.expect(cudaMalloc(&p, n * sizeof(E)) == cudaSuccess && cudaMemset(p, 0, n * sizeof(E)) == cudaSuccess,
+                      "alone", "cudaMalloc");
+        return p;
+    };
+    using C32 = complex<float>;
+    float* real = zeros(0.0f, H * N);
+    C32* pairs = zeros(C32{}, 4 * H * N);
+    float* tokens = zeros(0.0f, B * L * H);
+    float* grad = zeros(0.0f, H);
+    const s4d::BasicParams<float, C32> p{view(real, {H}), view(real, {H, N}), view(real, {H, N}), view(pairs, {H, N}),
+                                         view(pairs, {H, N})};
+    const s4d::Inputs<float> in{.u = view(static_cast<const float*>(tokens), {B, L, H}),
+                                .params = {p.log_dt, p.log_neg_re, p.im, p.B, p.C}};
+    const s4d::Upstream<float> upstream{.y = in.u};
+    const interstate::cuda exec;
+    for (const s4d::Method method : {s4d::Method::chunked, s4d::Method::scan}) {
+        const s4d::Options options{.method = method};
+        const s4d::Shape shape = shape_of(in);
+        const std::size_t bytes = workspace_size(exec, options, shape, pass::backward), kept = saved_size(exec, options, shape);
+        char* ws = zeros('0', static_cast<Index>(bytes));
+        char* saved = zeros('0', static_cast<Index>(kept));
+        for (const bool strides : {false, true}) {
+            s4d::Grads<float> grads{.params = {.log_dt = view(grad, {H}), .C_reverse = view(pairs + H * N, {H, N})}};
+            if (strides) grads.u = view(static_cast<float*>(nullptr), {B, L, H});
+            checks.expect(cudaMemset(pairs + H * N, 0xff, H * N * sizeof(C32)) == cudaSuccess, "alone", "cudaMemset");
+            const Status s = backward(exec, options, in, s4d::Outputs<float>{}, Saved{saved, kept}, upstream, grads,
+                                      Workspace{ws, bytes});
+            checks.expect(s.ok(), "gradients alone", s.message());
+            const cudaError_t ran = cudaDeviceSynchronize();
+            checks.expect(ran == cudaSuccess, "gradients alone", cudaGetErrorString(ran));
+            std::vector<C32> reverse(H * N);
+            checks.expect(cudaMemcpy(reverse.data(), pairs + H * N, H * N * sizeof(C32), cudaMemcpyDeviceToHost) ==
+                              cudaSuccess, "alone", "copy");
+            for (const C32 z : reverse)
+                if (z.re != 0.0f || z.im != 0.0f) checks.expect(false, "grad.C_reverse", "must be zero in a causal layer");
+        }
+        cudaFree(ws);
+        cudaFree(saved);
+    }
+    for (void* memory : std::initializer_list<void*>{real, pairs, tokens, grad}) cudaFree(memory);
+}
+
 void unsupported(Checks& checks) {
     Case results;
+    checks.expect(which_kernel(interstate::cuda{}, {.method = s4d::Method::chunked}, s4d::Shape{.modes = 65}).name[0] == 0 &&
+                      std::strcmp(which_kernel(interstate::cuda{}, {}, s4d::Shape{.modes = 65}).name, "s4d.cuda.scan") == 0 &&
+                      std::strcmp(which_kernel(interstate::cuda{}, {}, s4d::Shape{.modes = 64}).name, "s4d.cuda.chunked") == 0,
+                  "which_kernel", "must name what runs, and nothing where nothing does");
     const Case many = make({.length = 3, .channels = 2, .modes = 65}, 1);
     const Status s = run_case<Operator, float, float>(interstate::cuda{}, {.method = s4d::Method::chunked}, many, results);
     checks.expect(s.code() == StatusCode::unsupported, "chunked with 65 modes", s.message());
@@ -190,6 +261,8 @@ void run(Checks& checks, bool quick) {
     packed_with_bad_offsets(checks);
     host_errors(checks);
     steps<f32>(checks);
+    no_sequences(checks);
+    gradients_alone(checks);
     every_dtype(checks, make({.batch = 2, .length = 700, .channels = 3, .modes = 5, .bidirectional = true}, 2));
     if (quick) return;
     for (const Index L : {0, 1, 7, 8, 9, 15, 16, 17, 31, 511, 512, 513, 1023, 1024, 1025, 2048, 2049, 5003})

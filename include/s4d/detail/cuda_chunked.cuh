@@ -246,7 +246,7 @@ struct TileMover {
 
     /// May channels h0 .. h0 + G of x be moved 16 bytes at once?
     __device__ bool wide(const View<T, 3>& x, Index h0, Index H) const {
-        return G == block_channels<T> && h0 + G <= H && x.stride[2] == 1 && x.stride[1] % V == 0 &&
+        return x.data && G == block_channels<T> && h0 + G <= H && x.stride[2] == 1 && x.stride[1] % V == 0 &&
                x.stride[0] % V == 0 && reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
     }
     __device__ bool wide(const View<const T, 3>& x, Index h0, Index H) const {
@@ -701,7 +701,8 @@ __global__ void combine_segments_kernel(View<const std::int32_t, 1> cu, Shape sh
     const auto tokens = [&](int j) {
         const Segment s = segment_of(cu, shape.length, i * segments + j, segments, segment_tiles, nullptr);
         const Index last = static_cast<Index>(s.last) * tile_tokens, end = last < s.length ? last : s.length;
-        return end > s.first * tile_tokens ? end - s.first * tile_tokens : Index{0};
+        const Index begin = static_cast<Index>(s.first) * tile_tokens;
+        return end > begin ? end - begin : Index{0};
     };
     const c64 Abar = modes[at].A;
     for (int step = 0; step < segments; ++step) {

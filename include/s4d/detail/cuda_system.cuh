@@ -46,11 +46,15 @@ struct SystemRun {
 };
 
 /// Tiles of the length axis, numbered so that every sequence starts a new one: `first_tile` of recurrence i,
-/// and how many numbers there are. Packed, some numbers stay unused.
+/// and how many numbers there are. Packed, some numbers stay unused; offsets are kept in bounds as
+/// device::checked_rows keeps them.
 INTERSTATE_HD inline Index first_tile(const View<const std::int32_t, 1>& cu, Index i, Index length, Index tile) {
-    return cu ? cu(i) / tile + i : i * ceil_div(length, tile);
+    if (!cu) return i * ceil_div(length, tile);
+    const Index begin = cu(i) < 0 ? 0 : cu(i) > length ? length : cu(i);
+    return begin / tile + i;
 }
 INTERSTATE_HD inline Index tile_count(const Shape& s, Index tile) {
+    if (s.states() == 0) return 0;
     return s.packed() ? s.length / tile + s.sequences : s.batch * ceil_div(s.length, tile);
 }
 
@@ -137,6 +141,8 @@ __global__ void finish_gradients_kernel(Discretization disc, Params<P> p, Index 
             dAbar += reverse.A;
             dBbar += reverse.beta;
             if (grads.C_reverse) grads.C_reverse(h, n) = cast<P>(2.0 * reverse.gamma);
+        } else if (grads.C_reverse) {
+            grads.C_reverse(h, n) = {};
         }
         const ModeGrads g = discretize_backward(disc, m, cast<double>(p.B(h, n)), dAbar, dBbar);
         dlog_dt += g.log_dt;
