@@ -29,7 +29,7 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace s4d::detail::chunks {
 
 inline constexpr int chunk_tokens = 16;
-inline constexpr int tile_chunks = 32;  // four a thread: see `own`
+inline constexpr int tile_chunks = 32;
 inline constexpr int tile_tokens = chunk_tokens * tile_chunks;
 inline constexpr int own = tile_chunks / 8;        // consecutive chunks of a thread
 inline constexpr int max_chunked_modes = 64;       // more do not fit into shared memory
@@ -44,14 +44,14 @@ inline constexpr device::Precision precision_of =
 struct ChunkTables {
     static constexpr int V_size = 8 * chunk_tokens;  // per group: [re/im of 4 modes][V_at(token)] beta A^(15-s)
     static constexpr int M_size = 8 * chunk_tokens;  // per group: [lane][re, im of 2 tokens] gamma A^t
-    static constexpr int power_size = 4 * 12;        // per group and mode: ChunkPowers
+    static constexpr int mode_powers = 12, power_size = 4 * mode_powers;  // per mode and group: ChunkPower, complex
     int groups;
 
     INTERSTATE_HD explicit constexpr ChunkTables(Index modes) : groups(static_cast<int>((modes + 7) / 8 * 2)) {}
     INTERSTATE_HD constexpr int V(int group) const { return group * V_size; }
     INTERSTATE_HD constexpr int M(int group) const { return groups * V_size + group * M_size; }
     INTERSTATE_HD constexpr int power(int group, int mode) const {
-        return groups * (V_size + M_size) + group * power_size + mode * 12;
+        return groups * (V_size + M_size) + group * power_size + mode * mode_powers;
     }
     INTERSTATE_HD constexpr int K() const { return groups * (V_size + M_size + power_size); }
     INTERSTATE_HD constexpr int size() const { return K() + chunk_tokens; }
@@ -329,7 +329,6 @@ struct TileMover {
             if (t < count) f(tiles[narrow_at(i)], rows.row + rows.direction * t, h0 + narrow_channel());
         }
     }
-
 };
 
 template <class A>
@@ -449,18 +448,13 @@ __device__ void scan_chunks(complex<A> (&W)[together][own], const Powers<A> (&p)
         }
 }
 
-/// The state after `chunks` whole chunks of a tile, for one mode: what a tile that is not full needs beside
-/// the products. V is the mode's column pair in the tables.
-template <Interleave order, class A>
-__device__ complex<A> state_after(complex<A> x, complex<A> over_chunk, const A* V, const A* tile, int chunks) {
+/// The state after `chunks` whole chunks of a tile, for one mode: what a tile that is not full needs beside the
+/// products. factor(t) is the mode's beta A^(15-t).
+template <Interleave order, class A, class F>
+__device__ complex<A> state_after(complex<A> x, complex<A> over_chunk, F&& factor, const A* tile, int chunks) {
     for (int c = 0; c < chunks; ++c) {
         x = over_chunk * x;
-#pragma unroll
-        for (int t = 0; t < chunk_tokens; ++t) {
-            const A u = tile[tile_at<order>(c, t)];
-            x.re = fma(V[V_at(t)], u, x.re);
-            x.im = fma(V[chunk_tokens + V_at(t)], u, x.im);
-        }
+        for (int t = 0; t < chunk_tokens; ++t) x += tile[tile_at<order>(c, t)] * factor(t);
     }
     return x;
 }
@@ -493,8 +487,9 @@ __device__ __noinline__ void finish_state(A* carry, const A* tile, const A* tabl
     for (int n = static_cast<int>(threadIdx.x % 32); n < 4 * at.groups; n += 32) {
         const A* V = table + at.V(n / 4) + 2 * (n % 4) * chunk_tokens;
         const Powers<A> p(table + at.power(n / 4, n % 4));
-        const complex<A> beta{V[V_at(chunk_tokens - 1)], V[chunk_tokens + V_at(chunk_tokens - 1)]};
-        complex<A> x = state_after<Interleave::by_token>({carry[2 * n], carry[2 * n + 1]}, p.chunk, V, tile, full);
+        const auto factor = [&](int t) { return complex<A>{V[V_at(t)], V[chunk_tokens + V_at(t)]}; };
+        const complex<A> beta = factor(chunk_tokens - 1);
+        complex<A> x = state_after<Interleave::by_token>({carry[2 * n], carry[2 * n + 1]}, p.chunk, factor, tile, full);
         for (int s = 0; s < count % chunk_tokens; ++s)
             x = affine(p.token, x, tile[tile_at<Interleave::by_token>(full, s)] * beta);
         put(carry + 2 * n, x);
@@ -848,7 +843,7 @@ template <class A>
 __device__ __noinline__ void finish_tile(A* mine, A* edges, const A* u_tile, const GradientLayout& layout, int count) {
     const int full = count / chunk_tokens;
     for (int n = static_cast<int>(threadIdx.x % 32); n < octet * layout.octets; n += 32) {
-        const Powers<A> p(mine + layout.powers() + n * 12);
+        const Powers<A> p(mine + layout.powers() + n * ChunkTables::mode_powers);
         A* const edge = edges + n * 4;
         const complex<A> last{edge[2], edge[3]};
         // The mode's column of left factors: tokens 8 half + 2 quad + (0, 1) in lane 4 group + quad.
@@ -857,11 +852,7 @@ __device__ __noinline__ void finish_tile(A* mine, A* edges, const A* u_tile, con
             const A* v = V + 128 * (t / 8) + 4 * (t % 8 / 2) + 2 * (t % 2);
             return complex<A>{v[0], v[1]};
         };
-        complex<A> x{edge[0], edge[1]};
-        for (int c = 0; c < full; ++c) {
-            x = p.chunk * x;
-            for (int t = 0; t < chunk_tokens; ++t) x += u_tile[tile_at<Interleave::by_chunk>(c, t)] * factor(t);
-        }
+        const complex<A> x = state_after<Interleave::by_chunk>({edge[0], edge[1]}, p.chunk, factor, u_tile, full);
         const complex<A> beta = factor(chunk_tokens - 1);
         complex<A> dA{A(0), A(0)}, dbeta{A(0), A(0)}, power{A(1), A(0)}, slope{A(0), A(0)};
         for (int s = count % chunk_tokens - 1; s >= 0; --s) {
@@ -994,7 +985,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, 1)
 
         for (int o = 0; o < layout.octets; ++o) {
             const int n = octet * o + lane.group;
-            const Powers<A> p(mine + layout.powers() + n * 12);
+            const Powers<A> p(mine + layout.powers() + n * ChunkTables::mode_powers);
             const Four<A> edge = four(edges + n * 4);
             complex<A> last{edge.x[2], edge.x[3]};
             complex<A> X[lane_chunks], E[lane_chunks];

@@ -53,12 +53,25 @@ struct DriverLayout {
     }
 };
 
-/// Modes and tables of one half.
+/// Runs the systems of both halves or, for `backward`, the exchanged ones the other way. `causal` has what only
+/// the causal half has: y, and the first and the last state. The reversed half goes first and waits in w.sum.
 template <class T, class Method, class P>
-Status prepare_half(const cuda& exec, const Options& options, const Params<P>& params, const Shape& s, Half half,
-                    const DriverLayout<T, Method>& w) {
-    const auto& system = w.system[half == Half::causal ? 0 : 1];
-    return Method::prepare(exec, options, params, s, half, system.modes, system.tables, system.exchanged);
+Status run_halves(const cuda& exec, const Options& options, const Params<P>& params, const DriverLayout<T, Method>& w,
+                  bool backward, SystemRun<T> causal, complex<acc_t<T>>* const (&checkpoints)[2]) {
+    const auto run_half = [&](Half half, const SystemRun<T>& run) -> Status {
+        const auto& system = w.system[half == Half::causal ? 0 : 1];
+        INTERSTATE_RETURN_IF_ERROR(Method::prepare(exec, options, params, run.shape, half, system.modes, system.tables,
+                                                   system.exchanged));
+        return Method::run(exec, run, system.modes, backward ? system.exchanged : system.tables, w.scratch);
+    };
+    if (causal.shape.bidirectional)
+        INTERSTATE_RETURN_IF_ERROR(run_half(Half::reversed, {.u = causal.u, .cu = causal.cu, .backwards = !backward,
+                                                             .checkpoints = checkpoints[1], .sum = w.sum,
+                                                             .shape = causal.shape}));
+    causal.backwards = backward;
+    causal.checkpoints = checkpoints[0];
+    causal.addend = w.sum;
+    return run_half(Half::causal, causal);
 }
 
 template <class T>
@@ -77,23 +90,9 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
     const SavedStates<T, Method> states(saved_arena, s);
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.y, in.cu_seqlens, s));
     if (s.states() == 0 || s.channels == 0) return {};
-    SystemRun<T> run{.u = in.u, .cu = in.cu_seqlens, .shape = s};
-    if (s.bidirectional) {
-        INTERSTATE_RETURN_IF_ERROR(prepare_half(exec, options, in.params, s, Half::reversed, w));
-        run.backwards = true;
-        run.sum = w.sum;
-        run.checkpoints = saved.data ? states.half[1] : nullptr;
-        INTERSTATE_RETURN_IF_ERROR(Method::run(exec, run, w.system[1].modes, w.system[1].tables, w.scratch));
-    }
-    INTERSTATE_RETURN_IF_ERROR(prepare_half(exec, options, in.params, s, Half::causal, w));
-    run.backwards = false;
-    run.sum = nullptr;
-    run.addend = w.sum;
-    run.y = out.y;
-    run.initial = in.x0;
-    run.final = out.xT;
-    run.checkpoints = saved.data ? states.half[0] : nullptr;
-    return Method::run(exec, run, w.system[0].modes, w.system[0].tables, w.scratch);
+    return run_halves(exec, options, in.params, w, false,
+                      SystemRun<T>{.u = in.u, .y = out.y, .cu = in.cu_seqlens, .initial = in.x0, .final = out.xT, .shape = s},
+                      {saved.data ? states.half[0] : nullptr, saved.data ? states.half[1] : nullptr});
 }
 
 template <class T, class Method, class P>
@@ -108,23 +107,11 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.u, in.cu_seqlens, s));
     if (s.channels == 0) return {};
 
-    SystemRun<T> run{.u = upstream.y, .cu = in.cu_seqlens, .shape = s};
-    if (s.bidirectional) {
-        INTERSTATE_RETURN_IF_ERROR(prepare_half(exec, options, in.params, s, Half::reversed, w));
-        run.sum = w.sum;
-        run.checkpoints = params ? w.exchanged_checkpoints[1] : nullptr;
-        INTERSTATE_RETURN_IF_ERROR(Method::run(exec, run, w.system[1].modes, w.system[1].exchanged, w.scratch));
-    }
-    INTERSTATE_RETURN_IF_ERROR(prepare_half(exec, options, in.params, s, Half::causal, w));
-    run.backwards = true;
-    run.sum = nullptr;
-    run.addend = w.sum;
-    run.y = grads.u;
-    run.initial = upstream.xT;
-    run.final = grads.x0;
-    run.conjugate = true;
-    run.checkpoints = params ? w.exchanged_checkpoints[0] : nullptr;
-    INTERSTATE_RETURN_IF_ERROR(Method::run(exec, run, w.system[0].modes, w.system[0].exchanged, w.scratch));
+    INTERSTATE_RETURN_IF_ERROR(run_halves(
+        exec, options, in.params, w, true,
+        SystemRun<T>{.u = upstream.y, .y = grads.u, .cu = in.cu_seqlens, .initial = upstream.xT, .final = grads.x0,
+                     .conjugate = true, .shape = s},
+        {params ? w.exchanged_checkpoints[0] : nullptr, params ? w.exchanged_checkpoints[1] : nullptr}));
     if (!params) return {};
 
     for (int half = 0; half < (s.bidirectional ? 2 : 1); ++half) {
