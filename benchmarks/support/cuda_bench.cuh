@@ -103,10 +103,12 @@ inline double fma_tflops() {
 
 template <int chains>
 __global__ void mma_peak_kernel(float* out, int iterations) {
-    device::Factors<float, device::Precision::rounded, 4> a;
-    device::Factors<float, device::Precision::rounded, 2> b;
-    for (int i = 0; i < 4; ++i) a.set(i, static_cast<float>(threadIdx.x + i));
-    for (int i = 0; i < 2; ++i) b.set(i, static_cast<float>(threadIdx.x - i));
+    device::Factors<float, device::Precision::cut, 2> a;
+    device::Factors<float, device::Precision::cut, 1> b;
+    const auto x = static_cast<float>(threadIdx.x);
+    a.set(0, 0, x, x + 1.0f);
+    a.set(1, 0, x + 2.0f, x + 3.0f);
+    b.set(0, 0, x, x - 1.0f);
     float c[chains][4] = {};
     for (int i = 0; i < iterations; ++i)
 #pragma unroll

@@ -6,7 +6,8 @@
 namespace interstate::inline INTERSTATE_ABI {
 namespace device {
 
-/// Starts a copy of 16 bytes, both sides aligned to 16; zeros where not `inside` (`from` is then not read).
+/// Starts a copy of 16 bytes, both sides aligned to 16; zeros where not `inside` (`from` is then not read, and may be
+/// anything).
 __device__ inline void copy_async_16(void* shared, const void* from, bool inside) {
     const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");

@@ -10,7 +10,9 @@ namespace device {
 
 template <class A, class T>
 __device__ A load_as(T x) {
-    if constexpr (std::is_same_v<T, f16>) {
+    if constexpr (std::is_same_v<A, T>) {
+        return x;
+    } else if constexpr (std::is_same_v<T, f16>) {
         float y;
         asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
         return y;
@@ -21,7 +23,9 @@ __device__ A load_as(T x) {
 
 template <class T, class A>
 __device__ T store_as(A x) {
-    if constexpr (std::is_same_v<T, f16>) {
+    if constexpr (std::is_same_v<A, T>) {
+        return x;
+    } else if constexpr (std::is_same_v<T, f16>) {
         f16 y;
         asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
         return y;

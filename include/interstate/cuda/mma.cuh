@@ -1,82 +1,109 @@
-// Tensor-core products of one warp, c (16 x 8) += a (16 x 8) b (8 x 8), for what accumulates in float or
-// double: the one tile shape both have, so that a kernel is written once.
+// Tensor-core products of one warp, c (16 x 8) += a (16 x depth) b (depth x 8), for what accumulates in float
+// or double, under one description, so that a kernel is written once.
 //
-// Who holds what, with group = lane / 4 and quad = lane % 4 (the layout of mma.m16n8k8):
-//     a[0] (group, quad)      a[1] (group + 8, quad)      a[2] (group, quad + 4)      a[3] (group + 8, quad + 4)
-//     b[0] (quad, group)      b[1] (quad + 4, group)
-//     c[0], c[1] (group, 2 quad + {0, 1})                 c[2], c[3] (group + 8, 2 quad + {0, 1})
+// Who holds what, with group = lane / 4 and quad = lane % 4: a lane has columns k of `a`, which are rows of `b`,
+// in pairs (one where depth is 8, two where it is 16). Which k they are is up to the caller, as long as a and b
+// agree: a sum does not mind its order.
+//     a: rows group (0) and group + 8 (1), pairs of quad
+//     b: column group, pairs of quad
+//     c[0], c[1]: (group, 2 quad + {0, 1})      c[2], c[3]: (group + 8, 2 quad + {0, 1})
 #pragma once
 
 #include <cstdint>
 
 #include <interstate/cuda/arch.cuh>
+#include <interstate/dtype.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace device {
 
-/// How exact the factors of a float product are: `exact` splits each into two tf32 numbers and takes three
-/// of the four products (22 bits), `rounded` takes one product of factors rounded to 11 bits. Products of
-/// double are double.
-enum class Precision { exact, rounded };
+/// What a float product makes of its factors: `exact` splits each into two tf32 numbers and takes three of the
+/// four products (22 bits), `cut` drops what tf32 does not have (11 bits remain), `bfloat` rounds to bf16 (8 bits).
+/// Products of double are double.
+enum class Precision { exact, cut, bfloat };
 
-/// n factors of a product as the tensor cores take them. `set` takes any number, `set_representable` one that
-/// `rounded` need not round (16-bit storage, or the result of `representable`).
-template <class A, Precision precision, int n>
+template <Precision precision>
+inline constexpr int depth = precision == Precision::bfloat ? 16 : 8;
+template <Precision precision>
+inline constexpr int k_pairs = depth<precision> / 8;
+
+/// A lane's factors of a product: `rows` is 2 for a, 1 for b.
+template <class A, Precision precision, int rows>
 struct Factors;
 
-template <Precision precision, int n>
-struct Factors<double, precision, n> {
-    double value[n];
-    __device__ void set(int i, double x) { value[i] = x; }
-    __device__ void set_representable(int i, double x) { value[i] = x; }
-    /// Takes element j of factors that have been made already.
-    template <int m>
-    __device__ void take(int i, const Factors<double, precision, m>& from, int j) {
-        value[i] = from.value[j];
+template <Precision precision, int rows>
+struct Factors<double, precision, rows> {
+    double value[2 * rows];
+    __device__ void set(int row, int, double x, double y) {
+        value[row] = x;
+        value[row + rows] = y;
+    }
+    /// Column k of b as a row of a.
+    __device__ void take_row(int row, const Factors<double, precision, 1>& b) {
+        value[row] = b.value[0];
+        value[row + rows] = b.value[1];
     }
 };
 
-template <int n>
-struct Factors<float, Precision::rounded, n> {
-    std::uint32_t value[n];
-    __device__ void set(int i, float x) { asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(value[i]) : "f"(x)); }
-    __device__ void set_representable(int i, float x) { value[i] = __float_as_uint(x); }
-    template <int m>
-    __device__ void take(int i, const Factors<float, Precision::rounded, m>& from, int j) {
-        value[i] = from.value[j];
+template <int rows>
+struct Factors<float, Precision::cut, rows> {
+    std::uint32_t value[2 * rows];
+    // The unit ignores the 13 lowest bits.
+    __device__ void set(int row, int, float x, float y) {
+        value[row] = __float_as_uint(x);
+        value[row + rows] = __float_as_uint(y);
+    }
+    __device__ void take_row(int row, const Factors<float, Precision::cut, 1>& b) {
+        value[row] = b.value[0];
+        value[row + rows] = b.value[1];
     }
 };
 
-template <int n>
-struct Factors<float, Precision::exact, n> {
-    std::uint32_t high[n], low[n];
-    // The unit ignores the 13 lowest bits: the high part is cut, and what it misses is the low part.
-    __device__ void set(int i, float x) {
+template <int rows>
+struct Factors<float, Precision::exact, rows> {
+    std::uint32_t high[2 * rows], low[2 * rows];
+    __device__ void set(int row, int, float x, float y) {
+        split(row, x);
+        split(row + rows, y);
+    }
+    __device__ void take_row(int row, const Factors<float, Precision::exact, 1>& b) {
+        high[row] = b.high[0];
+        low[row] = b.low[0];
+        high[row + rows] = b.high[1];
+        low[row + rows] = b.low[1];
+    }
+    // The high part is cut, and what it misses is the low part.
+    __device__ void split(int i, float x) {
         high[i] = __float_as_uint(x) & 0xffffe000u;
         low[i] = __float_as_uint(x - __uint_as_float(high[i]));
     }
-    __device__ void set_representable(int i, float x) { set(i, x); }
-    template <int m>
-    __device__ void take(int i, const Factors<float, Precision::exact, m>& from, int j) {
-        high[i] = from.high[j];
-        low[i] = from.low[j];
+};
+
+/// Two bf16 numbers in a register, x in the lower half.
+__device__ inline std::uint32_t pack_bf16(float x, float y) {
+    std::uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+    return word;
+}
+
+template <int rows>
+struct Factors<float, Precision::bfloat, rows> {
+    std::uint32_t word[2 * rows];  // a pair each
+    __device__ void set(int row, int pair, float x, float y) { word[row + rows * pair] = pack_bf16(x, y); }
+    __device__ void set_packed(int row, int pair, std::uint32_t xy) { word[row + rows * pair] = xy; }
+    __device__ void take_row(int row, const Factors<float, Precision::bfloat, 1>& b) {
+        word[row] = b.word[0];
+        word[row + rows] = b.word[1];
     }
 };
 
-/// The number that `rounded` would make of x, once and for all.
-template <Precision precision, class A>
-__device__ A representable(A x) {
-    if constexpr (precision == Precision::rounded && sizeof(A) == 4) {
-        std::uint32_t bits;
-        asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-        return __uint_as_float(bits);
-    } else {
-        return x;
-    }
-}
-
 __device__ inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -87,19 +114,23 @@ __device__ inline void mma_f64(double& c0, double& c1, double a, double b) {
 }
 
 template <Precision precision>
-__device__ inline void multiply_add(double (&c)[4], const Factors<double, precision, 4>& a,
-                                    const Factors<double, precision, 2>& b) {
+__device__ void multiply_add(double (&c)[4], const Factors<double, precision, 2>& a,
+                             const Factors<double, precision, 1>& b) {
     mma_f64(c[0], c[1], a.value[0], b.value[0]);
     mma_f64(c[2], c[3], a.value[1], b.value[0]);
     mma_f64(c[0], c[1], a.value[2], b.value[1]);
     mma_f64(c[2], c[3], a.value[3], b.value[1]);
 }
-__device__ inline void multiply_add(float (&c)[4], const Factors<float, Precision::rounded, 4>& a,
-                                    const Factors<float, Precision::rounded, 2>& b) {
+__device__ inline void multiply_add(float (&c)[4], const Factors<float, Precision::cut, 2>& a,
+                                    const Factors<float, Precision::cut, 1>& b) {
     mma_tf32(c, a.value, b.value);
 }
-__device__ inline void multiply_add(float (&c)[4], const Factors<float, Precision::exact, 4>& a,
-                                    const Factors<float, Precision::exact, 2>& b) {
+__device__ inline void multiply_add(float (&c)[4], const Factors<float, Precision::bfloat, 2>& a,
+                                    const Factors<float, Precision::bfloat, 1>& b) {
+    mma_bf16(c, a.word, b.word);
+}
+__device__ inline void multiply_add(float (&c)[4], const Factors<float, Precision::exact, 2>& a,
+                                    const Factors<float, Precision::exact, 1>& b) {
     mma_tf32(c, a.low, b.high);  // the small products first
     mma_tf32(c, a.high, b.low);
     mma_tf32(c, a.high, b.high);
@@ -124,6 +155,24 @@ __device__ void multiply_add_each(F&& f) {
             if constexpr (requires { a.low; }) mma_tf32(c, a.high, b.high);
         });
     }
+}
+
+/// Four 8 x 8 matrices of 16-bit elements from shared memory; lane i has the address of row i % 8 (16 bytes) of
+/// matrix i / 8. A lane gets of each (row group, columns 2 quad + {0, 1}); transposed, (rows 2 quad + {0, 1},
+/// column group).
+template <bool transposed>
+__device__ void load_matrices(std::uint32_t (&x)[4], const void* row) {
+    const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+    if constexpr (transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(from)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                     : "r"(from)
+                     : "memory");
 }
 
 }  // namespace device

@@ -33,7 +33,7 @@ struct DriverLayout {
               exchanged(arena, s, used && backward) {}
     };
     System system[2];                        // of the causal and the reversed half
-    A* sum;                                  // (B, L, H), bidirectional: one half waits for the other
+    A* sum;                                  // (B, H, L), bidirectional: one half waits for the other
     typename Method::Scratch scratch;
     complex<A>* exchanged_checkpoints[2];    // (slots, H, N)
     PartialSums sums[2];

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(scan_threads)
 #pragma unroll
         for (int j = 0; j < scan_items; ++j) {
             if (j >= place.valid) continue;
-            const Index row = place.row + place.direction * j, flat = (b * run.shape.length + row) * H + h;
+            const Index row = place.row + place.direction * j, flat = (b * H + h) * run.shape.length + row;
             if (run.sum)
                 run.sum[flat] = y[j];
             else if (run.y)

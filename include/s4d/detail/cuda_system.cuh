@@ -40,8 +40,8 @@ struct SystemRun {
     View<complex<A>, 3> final{};          // may be null
     bool conjugate = false;               // initial and final are conjugates of the state
     complex<A>* checkpoints = nullptr;    // (slots, H, N) the state that enters each tile; may be null
-    A* addend = nullptr;                  // (B, L, H), added to y before it is rounded; may be null
-    A* sum = nullptr;                     // (B, L, H), receives y instead of `y`; may be null
+    A* addend = nullptr;                  // (B, H, L), added to y before it is rounded; may be null
+    A* sum = nullptr;                     // (B, H, L), receives y instead of `y`; may be null
     Shape shape{};
 };
 
@@ -60,7 +60,7 @@ INTERSTATE_HD inline Index tile_count(const Shape& s, Index tile) {
 
 /// Doubles that a method's gradient kernel leaves for `finish_gradients_kernel`, per part: sums (parts, H, N)
 /// and kernel gradients (parts, H, lags), lags 0 the feedthrough.
-inline constexpr int max_lags = 16, finish_threads = 64;
+inline constexpr int max_lags = 32, finish_threads = 64;
 struct PartialSums {
     SystemSums* modes = nullptr;
     double* lags = nullptr;
