@@ -46,7 +46,7 @@ struct FftLayout {
         const Index blocks = ceil_div(s.channels, W), m = fft::size_for(s.length), groups = fft_groups(s, W);
         roots = arena.take<A>(fft::roots_size(m));
         transform_size = m * 2 * W;
-        kernel_size = TileRows::padded_tokens(s.length) * W;
+        kernel_size = ceil_div(s.length, group_tokens) * group_tokens * W;
         kernel = arena.take<A>(blocks * directions(s) * kernel_size);
         dK = arena.take<A>(back ? groups * blocks * directions(s) * kernel_size : 0);
         buffers_size = (back ? 4 : 2) * transform_size + tile_tokens * W + powers_scratch(W);

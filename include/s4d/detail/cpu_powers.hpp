@@ -21,7 +21,8 @@ namespace s4d::detail {
 
 inline constexpr int chunk_tokens = 16;
 inline constexpr int tile_chunks = tile_tokens / chunk_tokens;
-inline constexpr int row_group = 4;     // chunks that share the loads of a table, in registers
+inline constexpr int row_group = 4;  // chunks that share the loads of a table, in registers
+inline constexpr Index group_tokens = row_group * chunk_tokens;
 inline constexpr Index mode_block = 8;  // modes whose tables stay in L1 while a tile passes
 
 /// Chunks of a tile, the last one perhaps short, and how many with whole groups.
@@ -30,8 +31,7 @@ struct TileRows {
     explicit TileRows(Index count)
         : whole(count / chunk_tokens),
           last(count % chunk_tokens),
-          padded(ceil_div(count, chunk_tokens * row_group) * row_group) {}
-    static Index padded_tokens(Index count) { return TileRows(count).padded * chunk_tokens; }
+          padded(ceil_div(count, group_tokens) * row_group) {}
 };
 
 /// Rows of W lanes a mode, in float64: (re, im) of each.
@@ -372,7 +372,7 @@ struct Response {
         using V = typename L::V;
         constexpr int W = L::W;
         const Index Parts = slopes ? 4 : 2;
-        const Index rows = ceil_div(count, chunk_tokens * row_group) * row_group;
+        const Index rows = TileRows(count).padded;
         constexpr Index Y_row = mode_block * 2 * W;
         A* zero = scratch + tile_chunks * Y_row;
         std::fill_n(zero, 2 * W, A(0));
