@@ -112,34 +112,19 @@ INTERSTATE_INLINE void advance(Complexes<V>& x, const Complexes<V>& a, const Com
     x.im = im;
 }
 
-/// Carries one mode's state over tokens [begin, end) of a tile of u.
+/// Carries one mode's state, or in backward (sign = -1) the gradient of it (eq. 6), over `count` tokens of a
+/// tile; table[k] is what the token at in + k step leaves in it.
 template <class V, class A>
-INTERSTATE_INLINE void carry_forward(double* state, const double* carry, const A* response, const A* u,
-                                     Index begin, Index end) {
+INTERSTATE_INLINE void carry_over(double* state, const double* carry, const A* table, const A* in, Index step,
+                                  Index count, double sign) {
     constexpr int W = V::lanes;
     Complexes<V> local{simd::broadcast<V>(0.0), simd::broadcast<V>(0.0)};
-    for (Index t = begin; t < end; ++t) {
-        const V ut = simd::load<V>(u + t * W);
-        const A* k = response + (end - 1 - t) * 2 * W;
-        local.re = simd::fma(simd::load<V>(k), ut, local.re);
-        local.im = simd::fma(simd::load<V>(k + W), ut, local.im);
+    for (Index k = 0; k < count; ++k) {
+        const V x = simd::load<V>(in + k * step);
+        local.re = simd::fma(simd::load<V>(table + k * 2 * W), x, local.re);
+        local.im = simd::fma(simd::load<V>(table + (k * 2 + 1) * W), x, local.im);
     }
-    carry_state(state, carry, local, end - begin, 1.0);
-}
-
-/// Carries one mode's gradient of the state back over tokens [begin, end) of a tile of dy (eq. 6).
-template <class V, class A>
-INTERSTATE_INLINE void carry_backward(double* g, const double* carry, const A* response_dy, const A* dy,
-                                      Index begin, Index end) {
-    constexpr int W = V::lanes;
-    Complexes<V> local{simd::broadcast<V>(0.0), simd::broadcast<V>(0.0)};
-    for (Index t = begin; t < end; ++t) {
-        const V dyt = simd::load<V>(dy + t * W);
-        const A* k = response_dy + (t - begin) * 2 * W;
-        local.re = simd::fma(simd::load<V>(k), dyt, local.re);
-        local.im = simd::fma(simd::load<V>(k + W), dyt, local.im);
-    }
-    carry_state(g, carry, local, end - begin, -1.0);
+    carry_state(state, carry, local, count, sign);
 }
 
 /// The tables of one block of channels, from mode `n` on.
@@ -195,7 +180,8 @@ struct ScanForward {
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
                     const ModeTables<A> mode = tables.from(m, W);
-                    carry_forward<V>(state + 2 * m * W, mode.carry, mode.response, u, begin, end);
+                    carry_over<V>(state + 2 * m * W, mode.carry, mode.response, u + (end - 1) * W, Index{-W},
+                                  end - begin, 1.0);
                     x[m] = load_pair<V>(state + 2 * m * W);
                 }
         }
@@ -264,7 +250,8 @@ struct ScanBackward {
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
                     const ModeTables<A> mode = tables.from(m, W);
-                    carry_forward<V>(state + 2 * m * W, mode.carry, mode.response, u, begin, end);
+                    carry_over<V>(state + 2 * m * W, mode.carry, mode.response, u + (end - 1) * W, Index{-W},
+                                  end - begin, 1.0);
                     s[m] = load_pair<V>(state + 2 * m * W);
                 }
         }
@@ -310,7 +297,8 @@ struct ScanBackward {
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
                     const ModeTables<A> mode = tables.from(m, W);
-                    carry_backward<V>(g_state + 2 * m * W, mode.carry, mode.response_dy, dy, begin, end);
+                    carry_over<V>(g_state + 2 * m * W, mode.carry, mode.response_dy, dy + begin * W, Index{W},
+                                  end - begin, -1.0);
                     g[m] = load_pair<V>(g_state + 2 * m * W);
                 }
             end = begin;
