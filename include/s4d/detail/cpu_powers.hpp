@@ -458,8 +458,34 @@ struct Moments {
     }
 };
 
-/// Tokens of zeros before `count` tokens, so that they end at the end of a chunk.
-inline Index front_padding(Index count) { return ceil_div(count, chunk_tokens) * chunk_tokens - count; }
+/// The response of length `length` to a start Z, which is used up: use(tile, begin, count) tile by tile. Behind
+/// the tile is scratch.
+template <class A, class F>
+void each_response(Isa isa, const PowerTables<A>& t, bool slopes, double* Z, A* tile, Index modes, Index length,
+                   F&& use) {
+    const Index W = simd::lanes<A>(isa);
+    for (Index begin = 0; begin < length; begin += tile_tokens) {
+        const Index count = std::min(tile_tokens, length - begin);
+        std::fill_n(tile, tile_tokens * W, A(0));
+        simd::run_body<Response<A>>(isa, t, slopes, Z, tile, tile + tile_tokens * W, modes, count);
+        use(static_cast<const A*>(tile), begin, count);
+    }
+}
+
+/// Moments of `length` tokens, of which load(to, begin, count) puts some into a tile. Behind it is scratch.
+template <class A, class F>
+void all_moments(Isa isa, const PowerTables<A>& t, bool slopes, double* S, A* tile, Index modes, Index length,
+                 F&& load) {
+    const Index W = simd::lanes<A>(isa);
+    std::fill_n(S, modes * (slopes ? 4 : 2) * W, 0.0);
+    for (Index begin = 0; begin < length; begin += tile_tokens) {
+        const Index count = std::min(tile_tokens, length - begin);
+        std::fill_n(tile, tile_tokens * W, A(0));
+        load(tile + (ceil_div(count, chunk_tokens) * chunk_tokens - count) * W, begin, count);
+        simd::run_body<Moments<A>>(isa, t, slopes, S, static_cast<const A*>(tile), tile + tile_tokens * W, modes,
+                                   count);
+    }
+}
 
 }  // namespace s4d::detail
 }  // namespace interstate::inline INTERSTATE_ABI
