@@ -409,8 +409,11 @@ void kernel(benchmark::State& state) {
                               Workspace{memory.data(), memory.size()}));
     const Index few = std::min<Index>(H, 4);
     std::vector<double> want(few * L);
-    check(generate_kernel(reference{}, s4d::Options{}, params.views(few), view(want.data(), {few, L}),
-                          Workspace{}));
+    const auto want_view = view(want.data(), {few, L});
+    memory.resize(generate_kernel_workspace_size(
+        reference{}, s4d::Options{}, shape_of(params.views(few), want_view), pass::forward));
+    check(generate_kernel(reference{}, s4d::Options{}, params.views(few), want_view,
+                          Workspace{memory.data(), memory.size()}));
     bench::Error e;
     e.add(view(K.data(), {few, L}), view(want.data(), {few, L}));
     bench::report<float>(state, 4.5 * static_cast<double>(L * H * N), exec.threads, e.worst());

@@ -568,9 +568,12 @@ void expect_kernel_close(Index H, Index N, Index L, cpu exec, s4d::Options optio
     const Status status =
         generate_kernel(exec, options, c.params(), K_view, Workspace{memory.data(), memory.size()});
     ASSERT_TRUE(status.ok()) << status.message();
-    ASSERT_TRUE(
-        generate_kernel(reference{}, options, wide.params(), view(want.data(), {H, L}, {1, H}), Workspace{})
-            .ok());
+    const View<double, 2> want_view = view(want.data(), {H, L}, {1, H});
+    memory.resize(generate_kernel_workspace_size(reference{}, options, shape_of(wide.params(), want_view),
+                                                 pass::forward));
+    ASSERT_TRUE(generate_kernel(reference{}, options, wide.params(), want_view,
+                                Workspace{memory.data(), memory.size()})
+                    .ok());
     const HostTensor truth{{H * L}, want};
     const TensorError e = compare("K", {{H * L}, {K.begin(), K.end()}}, truth);
     EXPECT_TRUE(e.finite);
