@@ -481,6 +481,43 @@ TEST(S4dCpu, WhichKernelNamesMethodAndInstructionSet) {
         EXPECT_GT(saved_size(cpu{}, {.method = method}, both), saved_size(cpu{}, {.method = method}, shape));
 }
 
+/// The crossovers of docs/benchmarks/s4d.md where one method is ahead by more than 10%.
+TEST(S4dCpu, AutomaticTakesTheFasterMethodOfTheMeasuredTable) {
+    struct Row {
+        Index B, L, N;
+        bool bidirectional;
+        Method method;
+    };
+    for (const Row& row : {Row{1, 1024, 32, false, Method::chunked},
+                           {1, 1024, 64, false, Method::fft},
+                           {1, 4096, 4, false, Method::chunked},
+                           {1, 4096, 16, false, Method::chunked},
+                           {1, 4096, 32, false, Method::chunked},
+                           {1, 4096, 128, false, Method::fft},
+                           {1, 16384, 32, false, Method::chunked},
+                           {1, 65536, 32, false, Method::chunked},
+                           {1, 65536, 64, false, Method::chunked},
+                           {8, 256, 4, false, Method::chunked},
+                           {8, 256, 32, false, Method::fft},
+                           {8, 4096, 4, false, Method::chunked},
+                           {8, 4096, 16, false, Method::chunked},
+                           {8, 4096, 32, false, Method::fft},
+                           {8, 16384, 32, false, Method::fft},
+                           {1, 4096, 8, true, Method::chunked},
+                           {1, 4096, 64, true, Method::fft},
+                           {8, 256, 16, true, Method::fft}}) {
+        const s4d::Shape shape{.batch = row.B,
+                               .length = row.L,
+                               .channels = 64,
+                               .modes = row.N,
+                               .bidirectional = row.bidirectional};
+        const cpu exec{.isa = Isa::baseline};
+        EXPECT_EQ(std::string(which_kernel(exec, s4d::Options{}, shape).name),
+                  std::string("s4d.cpu.") + to_string(row.method) + ".baseline")
+            << "B=" << row.B << " L=" << row.L << " N=" << row.N << (row.bidirectional ? " bidirectional" : "");
+    }
+}
+
 /// Parameters as P, views into vectors.
 template <class P>
 struct KernelCase {
