@@ -668,5 +668,24 @@ TEST(S4dCpu, KernelGenerationAndItsBackward) {
         StatusCode::invalid_argument);
 }
 
+/// The page, "K alone": bytes a mode, a channel and a thread.
+TEST(S4dCpu, KernelGenerationTakesTheMemoryThatThePageSays) {
+    for (const Isa isa : isas())
+        for (const DType dtype : {DType::f32, DType::f64})
+            for (const pass p : {pass::forward, pass::backward}) {
+                const bool wide = dtype == DType::f64, back = p == pass::backward;
+                const auto size = [&](Index H, Index N, int threads) {
+                    const s4d::Shape shape{.dtype = dtype, .length = 1000, .channels = H, .modes = N};
+                    return static_cast<Index>(generate_kernel_workspace_size(
+                        cpu{.threads = threads, .isa = isa}, s4d::Options{}, shape, p));
+                };
+                const Index mode = wide ? (back ? 736 : 464) : back ? 440 : 296, channel = wide ? 256 : 128;
+                const Index vector = wide ? simd::lanes<double>(isa) * 8 : simd::lanes<float>(isa) * 4;
+                EXPECT_EQ(size(64, 96, 1) - size(64, 32, 1), 64 * 64 * mode) << to_string(isa);
+                EXPECT_EQ(size(128, 32, 1) - size(64, 32, 1), 64 * (32 * mode + channel)) << to_string(isa);
+                EXPECT_EQ(size(64, 32, 3) - size(64, 32, 1), 2 * 544 * vector) << to_string(isa);
+            }
+}
+
 }  // namespace
 }  // namespace interstate::test

@@ -29,15 +29,15 @@ void kernel_start(const PowerTables<A>& t, bool reverse, Index modes, Index W, d
 template <class A>
 struct KernelLayout {
     PowerLayout<A> powers;
-    A* tiles;         // (threads, tiles_size): a tile, then scratch
-    double* moments;  // (blocks, N, 4, W): in forward the first half is the start
+    A* tiles;       // (threads, tiles_size): a tile, then scratch
+    double* modes;  // (blocks, N, 2 or 4, W): in forward the start, in backward moments of dK
     Index tiles_size;
 
     KernelLayout(Arena& arena, const Shape& s, pass p, int threads, Index W)
         : powers(arena, s, p == pass::backward, W) {
         tiles_size = tile_tokens * W + powers_scratch(W);
         tiles = arena.take<A>(threads * tiles_size);
-        moments = arena.take<double>(ceil_div(s.channels, W) * s.modes * 4 * W);
+        modes = arena.take<double>(ceil_div(s.channels, W) * s.modes * (p == pass::backward ? 4 : 2) * W);
     }
 };
 
@@ -51,7 +51,7 @@ void kernel_forward(const cpu& exec, const Options& options, const Params<P>& pa
     fill_powers<A>(exec, options, params, w.powers);
     parallel_for(ceil_div(s.channels, W), exec.threads, [&](Index block, int worker) {
         A* tile = w.tiles + worker * w.tiles_size;
-        double* Z = w.moments + block * N * 4 * W;
+        double* Z = w.modes + block * N * 2 * W;
         kernel_start(w.powers.block(block), false, N, W, Z);
         const auto store = [&](const A* from, Index begin, Index count) {
             for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
@@ -71,7 +71,7 @@ void kernel_backward(const cpu& exec, const Options& options, const Params<P>& p
     fill_powers<A>(exec, options, params, w.powers);
     parallel_for(ceil_div(s.channels, W), exec.threads, [&](Index block, int worker) {
         A* tile = w.tiles + worker * w.tiles_size;
-        double* S = w.moments + block * N * 4 * W;
+        double* S = w.modes + block * N * 4 * W;
         // From the last lag to the first: powers count from the first.
         const auto load = [&](A* to, Index begin, Index count) {
             for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
@@ -82,7 +82,7 @@ void kernel_backward(const cpu& exec, const Options& options, const Params<P>& p
     });
     parallel_for(s.channels, exec.threads, [&](Index h, int) {
         write_grads(options, params, grads, h, 0.0, [&](Index n, const Mode& mode) {
-            const double* S = w.moments + (h / W * N + n) * 4 * W + h % W;
+            const double* S = w.modes + (h / W * N + n) * 4 * W + h % W;
             return kernel_gradients(mode, cast<double>(params.C(h, n)), {S[0], S[W]}, {S[2 * W], S[3 * W]});
         });
     });
