@@ -35,20 +35,37 @@ template <class P>
 struct Parameters {
     Index H, N;
     std::vector<P> log_dt, log_neg_re, im, D;
-    std::vector<complex<P>> B, C;
+    std::vector<complex<P>> B, C, C_reverse;  // the last one empty where the layer is causal
 
-    Parameters(Index h, Index n)
-        : H(h), N(n), log_dt(h), log_neg_re(h * n), im(h * n), D(h), B(h * n), C(h * n) {}
+    Parameters(Index h, Index n, bool bidirectional = false)
+        : H(h),
+          N(n),
+          log_dt(h),
+          log_neg_re(h * n),
+          im(h * n),
+          D(h),
+          B(h * n),
+          C(h * n),
+          C_reverse(bidirectional ? h * n : 0) {}
     /// Views of the first `channels` channels.
     s4d::BasicParams<P, complex<P>> mutable_views(Index channels) {
         return {view(log_dt.data(), {channels}), view(log_neg_re.data(), {channels, N}),
                 view(im.data(), {channels, N}),  view(B.data(), {channels, N}),
-                view(C.data(), {channels, N}),   view(D.data(), {channels})};
+                view(C.data(), {channels, N}),   view(D.data(), {channels}),
+                reversed(C_reverse, channels)};
     }
     s4d::Params<P> views(Index channels) const {
         return {view(log_dt.data(), {channels}), view(log_neg_re.data(), {channels, N}),
                 view(im.data(), {channels, N}),  view(B.data(), {channels, N}),
-                view(C.data(), {channels, N}),   view(D.data(), {channels})};
+                view(C.data(), {channels, N}),   view(D.data(), {channels}),
+                reversed(C_reverse, channels)};
+    }
+
+  private:
+    template <class V>
+    auto reversed(V& z, Index channels) const {
+        const auto v = view(z.data(), {channels, N});
+        return z.empty() ? decltype(v){} : v;
     }
 };
 
@@ -61,7 +78,7 @@ struct Problem {
     Parameters<float> params, grads;
     std::vector<char> forward_memory, backward_memory, saved_memory;
 
-    Problem(Index b, Index l, Index h, Index n, int threads, Method method)
+    Problem(Index b, Index l, Index h, Index n, int threads, Method method, bool bidirectional = false)
         : B(b),
           L(l),
           H(h),
@@ -72,13 +89,14 @@ struct Problem {
           y(u.size()),
           dy(u.size()),
           du(u.size()),
-          params(h, n),
-          grads(h, n) {
+          params(h, n, bidirectional),
+          grads(h, n, bidirectional) {
         for (std::size_t i = 0; i < u.size(); ++i) {
             u[i] = T(std::sin(0.1f * static_cast<float>(i % 1009)));
             dy[i] = T(std::cos(0.3f * static_cast<float>(i % 997)));
         }
         check(initialize(s4d::Init::lin, 1, params.mutable_views(H)));
+        if (bidirectional) params.C_reverse = params.C;
         const auto shape = shape_of(inputs(H));
         forward_memory.resize(workspace_size(exec, options, shape, pass::forward));
         backward_memory.resize(workspace_size(exec, options, shape, pass::backward));
@@ -109,7 +127,8 @@ struct Problem {
         const Index few = std::min<Index>(H, 4);
         std::vector<double> u64(u.begin(), u.end()), dy64(dy.begin(), dy.end()), y64(u.size()),
             du64(u.size());
-        Parameters<double> p(H, N), g(H, N);
+        const bool bidirectional = !params.C_reverse.empty();
+        Parameters<double> p(H, N, bidirectional), g(H, N, bidirectional);
         const auto widen = [](const auto& from, auto& to) {
             for (std::size_t i = 0; i < from.size(); ++i) {
                 if constexpr (requires { from[i].re; })
@@ -120,6 +139,7 @@ struct Problem {
         };
         widen(params.log_dt, p.log_dt), widen(params.log_neg_re, p.log_neg_re), widen(params.im, p.im);
         widen(params.B, p.B), widen(params.C, p.C), widen(params.D, p.D);
+        widen(params.C_reverse, p.C_reverse);
         const s4d::Inputs<double> in{.u = tokens<const double>(u64, few), .params = p.views(few)};
         std::vector<char> scratch(workspace_size(reference{}, options, shape_of(in), pass::backward));
         bench::Error e;
@@ -137,6 +157,7 @@ struct Problem {
         const auto want = g.mutable_views(few);
         e.add(got.log_dt, want.log_dt), e.add(got.log_neg_re, want.log_neg_re), e.add(got.im, want.im);
         e.add(got.B, want.B), e.add(got.C, want.C), e.add(got.D, want.D);
+        if (bidirectional) e.add(got.C_reverse, want.C_reverse);
         return e.worst();
     }
     double useful_flops(bool with_backward) const {
@@ -179,6 +200,17 @@ void forward_backward(benchmark::State& state) {
     }
     state.SetLabel(which_kernel(p.exec, p.options, shape_of(p.inputs(p.H))).name);
     bench::report<acc_t<T>>(state, p.useful_flops(true), p.exec.threads, p.error(true));
+}
+/// The layer in both directions. Useful operations are not counted.
+void bidirectional(benchmark::State& state) {
+    Problem<float> p(state.range(0), state.range(1), state.range(2), state.range(3),
+                     static_cast<int>(state.range(4)), static_cast<Method>(state.range(5)), true);
+    for (auto _ : state) {
+        p.forward(true);
+        p.backward();
+    }
+    state.SetLabel(which_kernel(p.exec, p.options, shape_of(p.inputs(p.H))).name);
+    bench::report<float>(state, 0.0, p.exec.threads, p.error(true));
 }
 /// Backward alone, on what one forward has kept.
 void backward(benchmark::State& state) {
@@ -409,8 +441,11 @@ void kernel(benchmark::State& state) {
                               Workspace{memory.data(), memory.size()}));
     const Index few = std::min<Index>(H, 4);
     std::vector<double> want(few * L);
-    check(generate_kernel(reference{}, s4d::Options{}, params.views(few), view(want.data(), {few, L}),
-                          Workspace{}));
+    const auto want_view = view(want.data(), {few, L});
+    memory.resize(generate_kernel_workspace_size(reference{}, s4d::Options{},
+                                                 shape_of(params.views(few), want_view), pass::forward));
+    check(generate_kernel(reference{}, s4d::Options{}, params.views(few), want_view,
+                          Workspace{memory.data(), memory.size()}));
     bench::Error e;
     e.add(view(K.data(), {few, L}), view(want.data(), {few, L}));
     bench::report<float>(state, 4.5 * static_cast<double>(L * H * N), exec.threads, e.worst());
@@ -450,12 +485,24 @@ void headline(benchmark::internal::Benchmark* b) {
             b->Args({1, 4096, 256, 32, threads, static_cast<int>(method)});
     b->Args({8, 256, 128, 32, 2, static_cast<int>(Method::automatic)});
 }
+/// Where methods overtake each other. On one thread, which a busy machine disturbs the least.
 void sweeps(benchmark::internal::Benchmark* b) {
     headline(b);
     for (const Method method : {Method::chunked, Method::fft, Method::scan}) {
-        for (const Index L : {256, 1024, 16384, 65536}) b->Args({1, L, 64, 32, 2, static_cast<int>(method)});
-        for (const Index N : {4, 16, 64, 128}) b->Args({1, 4096, 64, N, 2, static_cast<int>(method)});
-        b->Args({8, 4096, 64, 32, 2, static_cast<int>(method)});
+        for (const Index L : {256, 1024, 16384, 65536})
+            for (const Index N : {32, 64}) b->Args({1, L, 64, N, 1, static_cast<int>(method)});
+        for (const Index N : {4, 16, 32, 64, 128}) b->Args({1, 4096, 64, N, 1, static_cast<int>(method)});
+        for (const Index N : {4, 32}) b->Args({8, 256, 64, N, 1, static_cast<int>(method)});
+        for (const Index N : {4, 16, 32}) b->Args({8, 4096, 64, N, 1, static_cast<int>(method)});
+        b->Args({8, 16384, 64, 32, 1, static_cast<int>(method)});
+    }
+}
+void bidirectional_sweeps(benchmark::internal::Benchmark* b) {
+    named(b);
+    for (const Method method : {Method::chunked, Method::fft, Method::scan}) {
+        for (const Index L : {256, 4096})
+            for (const Index N : {8, 64}) b->Args({1, L, 64, N, 1, static_cast<int>(method)});
+        b->Args({8, 256, 64, 16, 1, static_cast<int>(method)});
     }
 }
 void other_dtypes(benchmark::internal::Benchmark* b) {
@@ -470,6 +517,7 @@ void peer_shapes(benchmark::internal::Benchmark* b) {
 }
 BENCHMARK_TEMPLATE(forward, interstate::f32)->Apply(sweeps);
 BENCHMARK_TEMPLATE(forward_backward, interstate::f32)->Apply(sweeps);
+BENCHMARK(bidirectional)->Apply(bidirectional_sweeps);
 BENCHMARK(backward)->Apply(headline);
 BENCHMARK_TEMPLATE(forward, interstate::f64)->Apply(other_dtypes);
 BENCHMARK_TEMPLATE(forward, interstate::f16)->Apply(other_dtypes);

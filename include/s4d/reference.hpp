@@ -200,22 +200,31 @@ Status backward(reference exec, const Options& options, const Inputs<T, P>& in, 
     return {};
 }
 
-/// `generate_kernel` and its backward need no workspace on the reference.
-inline std::size_t generate_kernel_workspace_size(reference, const Options&, const Shape&, pass) { return 0; }
+/// Workspace of generate_kernel (pass::forward): K of a channel before it is rounded. Its backward needs none.
+inline std::size_t generate_kernel_workspace_size(reference, const Options&, const Shape& shape, pass p) {
+    Arena arena;
+    arena.take<double>(p == pass::forward ? shape.length : 0);
+    return arena.required();
+}
 
 /// The Vandermonde kernel K[h,l] = 2 Re sum_n C Bbar Abar^l (eq. 14), K (H, L) in f32 or f64.
 template <class A, class P>
-Status generate_kernel(reference, const Options& options, const Params<P>& params, const View<A, 2>& K, Workspace) {
+Status generate_kernel(reference exec, const Options& options, const Params<P>& params, const View<A, 2>& K,
+                       Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(params, K));
-    for (Index h = 0; h < K.extent[0]; ++h) {
-        for (Index l = 0; l < K.extent[1]; ++l) K(h, l) = A(0);
-        for (Index n = 0; n < params.log_neg_re.extent[1]; ++n) {
+    const Shape s = shape_of(params, K);
+    INTERSTATE_RETURN_IF_ERROR(check_workspace(
+        "workspace", ws, generate_kernel_workspace_size(exec, options, s, pass::forward)));
+    double* sum = Arena(ws.data).take<double>(s.length);
+    for (Index h = 0; h < s.channels; ++h) {
+        for (Index l = 0; l < s.length; ++l) sum[l] = 0.0;
+        for (Index n = 0; n < s.modes; ++n) {
             const auto mode = detail::mode_at(options.disc, params, h, n);
             const auto CB = 2.0 * (cast<double>(params.C(h, n)) * mode.Bbar);
             detail::c64 power{1.0, 0.0};
-            for (Index l = 0; l < K.extent[1]; ++l, power = power * mode.Abar)
-                K(h, l) = static_cast<A>(static_cast<double>(K(h, l)) + (CB * power).re);
+            for (Index l = 0; l < s.length; ++l, power = power * mode.Abar) sum[l] += (CB * power).re;
         }
+        for (Index l = 0; l < s.length; ++l) K(h, l) = static_cast<A>(sum[l]);
     }
     return {};
 }

@@ -17,11 +17,11 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace s4d {
 
 namespace detail {
-/// What Method::automatic stands for on the CPU: the fastest of forward and backward together, by a model of
-/// nanoseconds per channel and token on one thread (EPYC with AVX-512, float32; fitted for B 1 to 64, L 4 to
-/// 65,536, N 1 to 256; some of it in docs/benchmarks/s4d.md). chunked: 3 + 0.45 N, 1.8 times that in both
-/// directions. fft: 0.8 log2 m for each of its m >= L places while buffers of the transform fit the
-/// second-level cache, 17 beyond, and 0.3 N for K, which a batch shares. Below a chunk of tokens a call is a
+/// What Method::automatic stands for on the CPU: the faster of forward and backward together, by a model of
+/// nanoseconds a channel and sequence on one thread, fitted to times of an EPYC with AVX-512 (float32, B 1 to
+/// 64, L 16 to 65,536, N 4 to 256; some of them in docs/benchmarks/s4d.md), without what both methods need.
+/// fft: 5 transforms, and 3 of K, which a batch shares as it does the making of K. chunked: 3 + 0.4 N a
+/// token, 1.6 times that in both directions, in whole groups of chunks. Below a chunk of tokens a call is a
 /// piece of a stream, which carries states: the recurrence has the least to set up. Packed sequences differ
 /// in length, and K would be transformed for each of them: no fft.
 inline Method cpu_method(const Options& options, const Shape& s) {
@@ -30,10 +30,11 @@ inline Method cpu_method(const Options& options, const Shape& s) {
     if (mean < chunk_tokens) return Method::scan;
     if (s.packed()) return Method::chunked;
     const double N = static_cast<double>(s.modes), B = static_cast<double>(std::max<Index>(s.batch, 1));
-    const double m = static_cast<double>(fft::size_for(s.length));
-    const double transforms = (m > 4096.0 ? 17.0 : 0.8 * std::log2(m)) * m / static_cast<double>(s.length);
-    const double kernel = (s.bidirectional ? 2.0 : 1.0) * 0.3 * N / B;
-    const double chunks = (s.bidirectional ? 1.8 : 1.0) * (3.0 + 0.45 * N);
+    const double L = static_cast<double>(s.length), m = static_cast<double>(fft::size_for(s.length));
+    const double tokens = static_cast<double>(ceil_div(s.length, group_tokens) * group_tokens);
+    const double transforms = 0.15 * m * std::log2(m) * (5.0 + 3.0 / B);
+    const double kernel = (s.bidirectional ? 2.0 : 1.0) * 0.2 * N * L / B;
+    const double chunks = (s.bidirectional ? 1.6 : 1.0) * (3.0 + 0.4 * N) * tokens;
     return transforms + kernel < chunks ? Method::fft : Method::chunked;
 }
 

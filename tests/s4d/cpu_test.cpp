@@ -481,6 +481,43 @@ TEST(S4dCpu, WhichKernelNamesMethodAndInstructionSet) {
         EXPECT_GT(saved_size(cpu{}, {.method = method}, both), saved_size(cpu{}, {.method = method}, shape));
 }
 
+/// The crossovers of docs/benchmarks/s4d.md where one method is ahead by more than 10%.
+TEST(S4dCpu, AutomaticTakesTheFasterMethodOfTheMeasuredTable) {
+    struct Row {
+        Index B, L, N;
+        bool bidirectional;
+        Method method;
+    };
+    for (const Row& row : {Row{1, 1024, 32, false, Method::chunked},
+                           {1, 1024, 64, false, Method::fft},
+                           {1, 4096, 4, false, Method::chunked},
+                           {1, 4096, 16, false, Method::chunked},
+                           {1, 4096, 32, false, Method::chunked},
+                           {1, 4096, 128, false, Method::fft},
+                           {1, 16384, 32, false, Method::chunked},
+                           {1, 65536, 32, false, Method::chunked},
+                           {1, 65536, 64, false, Method::chunked},
+                           {8, 256, 4, false, Method::chunked},
+                           {8, 256, 32, false, Method::fft},
+                           {8, 4096, 4, false, Method::chunked},
+                           {8, 4096, 16, false, Method::chunked},
+                           {8, 4096, 32, false, Method::fft},
+                           {8, 16384, 32, false, Method::fft},
+                           {1, 4096, 8, true, Method::chunked},
+                           {1, 4096, 64, true, Method::fft},
+                           {8, 256, 16, true, Method::fft}}) {
+        const s4d::Shape shape{.batch = row.B,
+                               .length = row.L,
+                               .channels = 64,
+                               .modes = row.N,
+                               .bidirectional = row.bidirectional};
+        const cpu exec{.isa = Isa::baseline};
+        EXPECT_EQ(std::string(which_kernel(exec, s4d::Options{}, shape).name),
+                  std::string("s4d.cpu.") + to_string(row.method) + ".baseline")
+            << "B=" << row.B << " L=" << row.L << " N=" << row.N << (row.bidirectional ? " bidirectional" : "");
+    }
+}
+
 /// Parameters as P, views into vectors.
 template <class P>
 struct KernelCase {
@@ -568,9 +605,12 @@ void expect_kernel_close(Index H, Index N, Index L, cpu exec, s4d::Options optio
     const Status status =
         generate_kernel(exec, options, c.params(), K_view, Workspace{memory.data(), memory.size()});
     ASSERT_TRUE(status.ok()) << status.message();
-    ASSERT_TRUE(
-        generate_kernel(reference{}, options, wide.params(), view(want.data(), {H, L}, {1, H}), Workspace{})
-            .ok());
+    const View<double, 2> want_view = view(want.data(), {H, L}, {1, H});
+    memory.resize(generate_kernel_workspace_size(reference{}, options, shape_of(wide.params(), want_view),
+                                                 pass::forward));
+    ASSERT_TRUE(generate_kernel(reference{}, options, wide.params(), want_view,
+                                Workspace{memory.data(), memory.size()})
+                    .ok());
     const HostTensor truth{{H * L}, want};
     const TensorError e = compare("K", {{H * L}, {K.begin(), K.end()}}, truth);
     EXPECT_TRUE(e.finite);
@@ -626,6 +666,25 @@ TEST(S4dCpu, KernelGenerationAndItsBackward) {
         generate_kernel(cpu{.threads = -1}, s4d::Options{}, c.params(), view(K.data(), {3, 10}), Workspace{})
             .code(),
         StatusCode::invalid_argument);
+}
+
+/// The page, "K alone": bytes a mode, a channel and a thread.
+TEST(S4dCpu, KernelGenerationTakesTheMemoryThatThePageSays) {
+    for (const Isa isa : isas())
+        for (const DType dtype : {DType::f32, DType::f64})
+            for (const pass p : {pass::forward, pass::backward}) {
+                const bool wide = dtype == DType::f64, back = p == pass::backward;
+                const auto size = [&](Index H, Index N, int threads) {
+                    const s4d::Shape shape{.dtype = dtype, .length = 1000, .channels = H, .modes = N};
+                    return static_cast<Index>(generate_kernel_workspace_size(
+                        cpu{.threads = threads, .isa = isa}, s4d::Options{}, shape, p));
+                };
+                const Index mode = wide ? (back ? 736 : 464) : back ? 440 : 296, channel = wide ? 256 : 128;
+                const Index vector = wide ? simd::lanes<double>(isa) * 8 : simd::lanes<float>(isa) * 4;
+                EXPECT_EQ(size(64, 96, 1) - size(64, 32, 1), 64 * 64 * mode) << to_string(isa);
+                EXPECT_EQ(size(128, 32, 1) - size(64, 32, 1), 64 * (32 * mode + channel)) << to_string(isa);
+                EXPECT_EQ(size(64, 32, 3) - size(64, 32, 1), 2 * 544 * vector) << to_string(isa);
+            }
 }
 
 }  // namespace

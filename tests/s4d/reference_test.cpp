@@ -98,17 +98,22 @@ TEST(S4dReference, KernelGenerationAndItsBackward) {
         const auto complexes = [&](const char* name) {
             return view(reinterpret_cast<const complex<double>*>(values(c, name).data()), {H, N});
         };
-        const auto generate = [&] {
-            std::vector<double> K(H * L);
+        const auto generate = [&]<class A>(A) {
+            std::vector<A> K(H * L);
             const s4d::Params<double> p{.log_dt = view(std::as_const(values(c, "log_dt")).data(), {H}),
                                         .log_neg_re = view(std::as_const(values(c, "log_neg_re")).data(), {H, N}),
                                         .im = view(std::as_const(values(c, "im")).data(), {H, N}),
                                         .B = complexes("B"),
                                         .C = complexes("C")};
-            EXPECT_TRUE(generate_kernel(reference{}, options, p, view(K.data(), {H, L}), Workspace{}).ok());
+            const auto K_view = view(K.data(), {H, L});
+            std::vector<char> memory(
+                generate_kernel_workspace_size(reference{}, options, shape_of(p, K_view), pass::forward));
+            EXPECT_TRUE(
+                generate_kernel(reference{}, options, p, K_view, Workspace{memory.data(), memory.size()}).ok());
             return std::pair{K, p};
         };
-        const auto [K, params] = generate();
+        const auto [K, params] = generate(double{});
+        EXPECT_EQ(generate(float{}).first, std::vector<float>(K.begin(), K.end()));  // rounded once
         Random r(3);
         const HostTensor dK = r.normal({H, L});
         for (Index h = 0; h < H; ++h)
@@ -137,7 +142,7 @@ TEST(S4dReference, KernelGenerationAndItsBackward) {
                                              Workspace{})
                         .ok());
         const auto loss = [&] {
-            const std::vector<double> K = generate().first;
+            const std::vector<double> K = generate(double{}).first;
             double sum = 0.0;
             for (std::size_t i = 0; i < K.size(); ++i) sum += K[i] * dK.values[i];
             return sum;

@@ -19,11 +19,12 @@
 // Before a loop of constant trip count over an array of vectors: only unrolled does it stay in registers.
 #if defined(__clang__)
 #define INTERSTATE_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // nvcc does not know the pragma and says so, but hands it on to g++, which does
+#define INTERSTATE_UNROLL                                                                   \
+    _Pragma("nv_diagnostic push") _Pragma("nv_diag_suppress 1675") _Pragma("GCC unroll 64") \
+    _Pragma("nv_diagnostic pop")
 #else
 #define INTERSTATE_UNROLL _Pragma("GCC unroll 64")
-#if defined(__CUDACC__)
-#pragma nv_diag_suppress 1675  // nvcc does not know the pragma, but hands it on to g++, which does
-#endif
 #endif
 
 namespace interstate::inline INTERSTATE_ABI {

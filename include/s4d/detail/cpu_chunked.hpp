@@ -37,17 +37,12 @@ struct ChunkSums {
     };
 };
 
-/// A tile forward: y from u, which is zero beyond `count`. state (N, 2, W) moves to the end of the tile.
+/// A tile forward: y from u, which is zero beyond `count`.
 template <class A>
 struct ChunkForward {
-    struct Args {
+    struct Args : ForwardTile<A> {
         PowerTables<A> tables;
         bool reverse;
-        const A* u;
-        A* y;
-        A* scratch;
-        double* state;
-        Index modes, count;
     };
 
     template <class Set>
@@ -103,23 +98,13 @@ struct ChunkForward {
     }
 };
 
-/// A tile backward: du from dy, both zero beyond `count`, and the sums over chunks. state (N, 2, W) is the
-/// conjugate gradient of the state, and moves to the beginning of the tile.
+/// A tile backward: du from dy, both zero beyond `count`, and the sums over chunks (N, ChunkSums::rows, W),
+/// behind them dK (16, W). The state is the conjugate gradient.
 template <class A>
 struct ChunkBackward {
-    struct Args {
+    struct Args : BackwardTile<A> {
         PowerTables<A> tables;
         bool reverse;
-        const A* u;
-        const A* dy;
-        A* du;
-        A* scratch;
-        double* state;
-        const A* checkpoint;  // (N, 2) rows of lanes
-        Index lane_stride;    // from row to row of the checkpoint
-        double* sums;         // (N, ChunkSums::rows, W)
-        double* dK;           // (16, W)
-        Index modes, count;
     };
 
     template <class V>
@@ -190,7 +175,8 @@ struct ChunkBackward {
         for (Index r = 0; r < rows.padded; r += row_group)
             convolve<L::tokens, V>(args.dy + r * chunk_tokens * W + end, args.du + r * chunk_tokens * W + end,
                                    backwards, kernel);
-        kernel_gradient<Set::registers == 32 ? 16 : 8, V>(args.u, args.dy, used, args.dK);
+        kernel_gradient<Set::registers == 32 ? 16 : 8, V>(args.u, args.dy, used,
+                                                          args.sums + args.modes * ChunkSums::rows * W);
 
         for (Index n0 = 0; n0 < args.modes; n0 += mode_block) {
             const Index block = std::min(mode_block, args.modes - n0);
@@ -294,26 +280,13 @@ struct ChunkBackward {
 template <class A>
 struct ChunkedLayout {
     PowerLayout<A> powers;
-    A* tiles;        // (threads, tiles_size): u, and y or dy and du, then scratch
-    A* sum;          // (threads, L + 1, W), bidirectional
-    double* states;  // (threads, N, 2, W)
-    double* sums;    // (groups, blocks, directions, sums_size), backward
-    Index tiles_size, sum_size, states_size, sums_size;
+    TileMemory<A> memory;
 
     ChunkedLayout(Arena& arena, const Shape& s, pass p, int threads, Index W)
-        : powers(arena, s, p == pass::backward, W) {
-        const bool back = p == pass::backward;
-        tiles_size =
-            (back ? 3 : 2) * tile_tokens * W + (back ? ChunkBackward<A>::scratch(W) : powers_scratch(W));
-        tiles = arena.take<A>(threads * tiles_size);
-        sum_size = s.bidirectional ? (s.length + 1) * W : 0;
-        sum = arena.take<A>(threads * sum_size);
-        states_size = 2 * s.modes * W;
-        states = arena.take<double>(threads * states_size);
-        sums_size = (s.modes * ChunkSums::rows + chunk_tokens) * W;
-        sums = arena.take<double>(
-            back ? backward_groups(s) * ceil_div(s.channels, W) * directions(s) * sums_size : 0);
-    }
+        : powers(arena, s, p == pass::backward, W),
+          memory(arena, s, p, threads, W,
+                 p == pass::backward ? ChunkBackward<A>::scratch(W) : powers_scratch(W),
+                 (s.modes * ChunkSums::rows + chunk_tokens) * W) {}
 };
 
 /// exec has been resolved.
@@ -321,40 +294,13 @@ template <class T, class P>
 void chunked_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out,
                      Saved saved, Workspace ws) {
     using A = acc_t<T>;
-    const Shape s = shape_of(in);
-    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes;
-    Arena arena(ws.data), saved_arena(saved.data);
-    const ChunkedLayout<A> w(arena, s, pass::forward, exec.threads, W);
-    A* kept = saved_arena.take<A>(directions(s) * checkpoint_count(s) * checkpoint_size(s));
+    Arena arena(ws.data);
+    const ChunkedLayout<A> w(arena, shape_of(in), pass::forward, exec.threads, simd::lanes<A>(exec.isa));
     fill_powers<A>(exec, options, in.params, w.powers);
-    zero_outside_sequences(out.y, in.cu_seqlens, s);
-    parallel_for(s.states() * blocks, exec.threads, [&](Index task, int worker) {
-        const Index i = task / blocks, h = task % blocks * W, width = std::min(W, s.channels - h);
-        const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
-        A* u = w.tiles + worker * w.tiles_size;
-        A* y = u + tile_tokens * W;
-        double* state = w.states + worker * w.states_size;
-        for (Index d = directions(s) - 1; d >= 0; --d) {
-            const bool reverse = d == 1;
-            const TileStream<T> stream{exec.isa, {batch, rows, reverse},
-                                       h,        width,
-                                       W,        s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
-            load_state(state, reverse ? View<const complex<A>, 3>{} : in.x0, i, h, width, N, W);
-            A* checkpoint = checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse);
-            for (Index begin = 0; begin < stream.length(); begin += tile_tokens) {
-                const Index count = std::min(tile_tokens, stream.length() - begin);
-                if (checkpoint) {
-                    store_checkpoint(checkpoint, state, s, W);
-                    checkpoint += checkpoint_size(s);
-                }
-                stream.load(u, in.u, begin, count, TileRows::padded_tokens(count));
-                simd::run_body<ChunkForward<A>>(
-                    exec.isa, typename ChunkForward<A>::Args{w.powers.block(task % blocks), reverse, u, y,
-                                                             y + tile_tokens * W, state, N, count});
-                stream.store_y(y, out.y, begin, count);
-            }
-            if (!reverse) store_state(state, out.xT, i, h, width, N, W);
-        }
+    const TileLoops<T, P> loops{exec, in, w.memory, saved, group_tokens};
+    loops.forward(out, [&](Index block, Index d, const ForwardTile<A>& tile) {
+        simd::run_body<ChunkForward<A>>(exec.isa,
+                                        typename ChunkForward<A>::Args{tile, w.powers.block(block), d == 1});
     });
 }
 
@@ -432,53 +378,19 @@ void chunked_backward(const cpu& exec, const Options& options, const Inputs<T, P
     using A = acc_t<T>;
     const Shape s = shape_of(in);
     const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes;
-    const Index groups = backward_groups(s);
-    Arena arena(ws.data), saved_arena(saved.data);
+    Arena arena(ws.data);
     const ChunkedLayout<A> w(arena, s, pass::backward, exec.threads, W);
-    A* kept = saved_arena.take<A>(directions(s) * checkpoint_count(s) * checkpoint_size(s));
     fill_powers<A>(exec, options, in.params, w.powers);
-    zero_outside_sequences(grads.u, in.cu_seqlens, s);
-    parallel_for(groups * blocks, exec.threads, [&](Index task, int worker) {
-        const Index h = task % blocks * W, width = std::min(W, s.channels - h);
-        A* u = w.tiles + worker * w.tiles_size;
-        A* dy = u + tile_tokens * W;
-        A* du = dy + tile_tokens * W;
-        double* state = w.states + worker * w.states_size;
-        double* all_sums = w.sums + task * directions(s) * w.sums_size;
-        std::fill_n(all_sums, directions(s) * w.sums_size, 0.0);
-        for (Index i = task / blocks; i < s.states(); i += groups) {
-            const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
-            for (Index d = directions(s) - 1; d >= 0; --d) {
-                const bool reverse = d == 1;
-                const TileStream<T> stream{exec.isa, {batch, rows, reverse},
-                                           h,        width,
-                                           W,        s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
-                double* sums = all_sums + d * w.sums_size;
-                const A* checkpoints = checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse);
-                load_state(state, reverse ? View<const complex<A>, 3>{} : upstream.xT, i, h, width, N, W,
-                           -1.0);
-                for (Index c = ceil_div(stream.length(), tile_tokens) - 1; c >= 0; --c) {
-                    const Index begin = c * tile_tokens,
-                                count = std::min(tile_tokens, stream.length() - begin);
-                    const Index padded = TileRows::padded_tokens(count);
-                    stream.load(u, in.u, begin, count, padded);
-                    stream.load_dy(dy, upstream.y, begin, count, padded);
-                    simd::run_body<ChunkBackward<A>>(
-                        exec.isa, typename ChunkBackward<A>::Args{
-                                      w.powers.block(task % blocks), reverse, u, dy, du, du + tile_tokens * W,
-                                      state, checkpoints + c * checkpoint_size(s), checkpoint_lanes(s), sums,
-                                      sums + N * ChunkSums::rows * W, N, count});
-                    stream.store_du(du, grads.u, begin, count);
-                }
-                if (!reverse) store_state(state, grads.x0, i, h, width, N, W, -1.0);
-            }
-        }
+    const TileLoops<T, P> loops{exec, in, w.memory, saved, group_tokens};
+    loops.backward(upstream, grads, -1.0, [&](Index block, Index d, const BackwardTile<A>& tile) {
+        simd::run_body<ChunkBackward<A>>(
+            exec.isa, typename ChunkBackward<A>::Args{tile, w.powers.block(block), d == 1});
     });
     parallel_for(blocks, exec.threads, [&](Index block, int) {
-        double* sums = w.sums + block * directions(s) * w.sums_size;
+        double* sums = w.memory.sums + block * directions(s) * w.memory.sums_size;
         simd::run_body<ChunkGradients<A>>(exec.isa, w.powers.block(block), sums,
-                                          blocks * directions(s) * w.sums_size, groups, w.sums_size,
-                                          directions(s), N);
+                                          blocks * directions(s) * w.memory.sums_size, backward_groups(s),
+                                          w.memory.sums_size, directions(s), N);
         for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
             write_grads(options, in.params, grads.params, block * W + lane,
                         sums[N * ChunkSums::rows * W + lane], [&](Index n, const Mode&) {

@@ -46,7 +46,7 @@ struct FftLayout {
         const Index blocks = ceil_div(s.channels, W), m = fft::size_for(s.length), groups = fft_groups(s, W);
         roots = arena.take<A>(fft::roots_size(m));
         transform_size = m * 2 * W;
-        kernel_size = TileRows::padded_tokens(s.length) * W;
+        kernel_size = s.length * W;
         kernel = arena.take<A>(blocks * directions(s) * kernel_size);
         dK = arena.take<A>(back ? groups * blocks * directions(s) * kernel_size : 0);
         buffers_size = (back ? 4 : 2) * transform_size + tile_tokens * W + powers_scratch(W);
@@ -68,8 +68,7 @@ struct FftTask {
     const A* kernel;  // (directions, kernel_size)
     Index kernel_size, h, width, W, modes;
     A* kernel_values;
-    A* tile;
-    A* scratch;
+    A* tile;              // and scratch behind it
     Index values_of = 0;  // size of the transform that kernel_values holds
 
     A* row(A* x, Index t) const { return x + t * 2 * W; }
@@ -100,29 +99,34 @@ struct FftTask {
             simd::run_body<StoreTile<T>>(isa, x, 2 * W, to, reading.batch, reading.rows.begin,
                                          reading.length(), h, width);
     }
-    /// x[k] += sum_n Re(Z[n] Abar[n]^k), from the end of the sequence where `from_end`; Z is used up.
-    void add_response(double* Z, A* x, Index length, bool from_end) const {
-        for (Index begin = 0; begin < length; begin += tile_tokens) {
-            const Index count = std::min(tile_tokens, length - begin);
-            std::fill_n(tile, tile_tokens * W, A(0));
-            simd::run_body<Response<A>>(isa, tables, slopes, Z, tile, scratch, modes, count);
-            for (Index t = 0; t < count; ++t) {
-                A* to = row(x, from_end ? length - 1 - begin - t : begin + t);
-                for (Index lane = 0; lane < W; ++lane) to[lane] += tile[t * W + lane];
+    /// x[k] += sum_n Re(factor(n, lane) z[n] Abar[n]^k) for a state z; backwards: of conj(z), from the end of
+    /// the sequence. Z (N, 2, W) is scratch.
+    template <class F>
+    void add_response(const View<const complex<A>, 3>& z, Index i, bool backwards, F&& factor, double* Z,
+                      A* x, Index length) const {
+        load_state(Z, z, i, h, width, modes, W, backwards ? -1.0 : 1.0);
+        for (Index n = 0; n < modes; ++n)
+            for (Index lane = 0; lane < W; ++lane) {
+                double* at = Z + 2 * n * W + lane;
+                const c64 start = factor(n, lane) * c64{at[0], at[W]};
+                at[0] = start.re;
+                at[W] = start.im;
             }
-        }
+        const auto add = [&](const A* from, Index begin, Index count) {
+            for (Index t = 0; t < count; ++t) {
+                A* to = row(x, backwards ? length - 1 - begin - t : begin + t);
+                for (Index lane = 0; lane < W; ++lane) to[lane] += from[t * W + lane];
+            }
+        };
+        each_response(isa, tables, slopes, Z, tile, modes, length, add);
     }
     /// Moments S (N, 2 or 4, W) of an input, the power 0 at its last token, or at its first in reverse.
     void moments(double* S, const View<const T, 3>& from, const Reading& reading) const {
-        std::fill_n(S, modes * (slopes ? 4 : 2) * W, 0.0);
-        for (Index begin = 0; begin < reading.length(); begin += tile_tokens) {
-            const Index count = std::min(tile_tokens, reading.length() - begin), front = front_padding(count);
-            std::fill_n(tile, front * W, A(0));
-            simd::run_body<LoadTile<T>>(isa, tile + front * W, W, reading(from), reading.batch,
-                                        reading.rows.begin + begin, count, tile_tokens - front, h, width);
-            simd::run_body<Moments<A>>(isa, tables, slopes, S, static_cast<const A*>(tile), scratch, modes,
-                                       count);
-        }
+        const auto load = [&](A* to, Index begin, Index count) {
+            simd::run_body<LoadTile<T>>(isa, to, W, reading(from), reading.batch, reading.rows.begin + begin,
+                                        count, count, h, width);
+        };
+        all_moments(isa, tables, slopes, S, tile, modes, reading.length(), load);
     }
     c64 exact(Index n, Index lane, Index which) const {
         const double* at = tables.exact + (n * Exact::rows + which) * W + lane;
@@ -147,15 +151,14 @@ void fft_prepare(const cpu& exec, const Options& options, const Params<P>& param
     fft::fill_roots(w.roots, fft::size_for(s.length), exec.threads);
     parallel_for(ceil_div(s.channels, W), exec.threads, [&](Index block, int worker) {
         double* Z = w.modes + worker * 2 * s.modes * 4 * W;
-        A* scratch = w.buffers + worker * w.buffers_size;
+        A* tile = w.buffers + worker * w.buffers_size;
         for (Index d = 0; d < directions(s); ++d) {
             A* K = w.kernel + (block * directions(s) + d) * w.kernel_size;
-            std::fill_n(K, w.kernel_size, A(0));
             kernel_start(w.powers.block(block), d == 1, s.modes, W, Z);
-            for (Index begin = 0; begin < s.length; begin += tile_tokens)
-                simd::run_body<Response<A>>(exec.isa, w.powers.block(block), w.powers.slopes, Z,
-                                            K + begin * W, scratch, s.modes,
-                                            std::min(tile_tokens, s.length - begin));
+            each_response(exec.isa, w.powers.block(block), w.powers.slopes, Z, tile, s.modes, s.length,
+                          [&](const A* from, Index begin, Index count) {
+                              std::copy_n(from, count * W, K + begin * W);
+                          });
             if (d == 0 && params.D && s.length > 0)
                 for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
                     K[lane] = static_cast<A>(static_cast<double>(K[lane]) +
@@ -181,8 +184,7 @@ FftTask<T> fft_task(const cpu& exec, const Shape& s, const FftLayout<A>& w, Inde
             W,
             s.modes,
             buffers,
-            tile,
-            tile + tile_tokens * W};
+            tile};
 }
 
 /// exec has been resolved.
@@ -212,16 +214,10 @@ void fft_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in
                                                  A(1) / static_cast<A>(m));
                 task.inverse_transform(x, m);
                 if (in.x0) {
-                    load_state(Z, in.x0, i, task.h, task.width, N, W);
-                    for (Index n = 0; n < N; ++n)
-                        for (Index lane = 0; lane < W; ++lane) {
-                            double* z = Z + 2 * n * W + lane;
-                            const c64 start = task.exact(n, lane, Exact::C) *
-                                              task.exact(n, lane, Exact::Abar) * c64{z[0], z[W]};
-                            z[0] = start.re;
-                            z[W] = start.im;
-                        }
-                    task.add_response(Z, x, length, false);
+                    const auto factor = [&](Index n, Index lane) {
+                        return task.exact(n, lane, Exact::C) * task.exact(n, lane, Exact::Abar);
+                    };
+                    task.add_response(in.x0, i, false, factor, Z, x, length);
                 }
                 task.store(x, out.y, reading);
             }
@@ -346,15 +342,8 @@ void fft_backward(const cpu& exec, const Options& options, const Inputs<T, P>& i
             if (length > 0 && grads.u) {
                 task.inverse_transform(dy, m);
                 if (upstream.xT) {
-                    load_state(Z, upstream.xT, i, task.h, task.width, N, W, -1.0);
-                    for (Index n = 0; n < N; ++n)
-                        for (Index lane = 0; lane < W; ++lane) {
-                            double* z = Z + 2 * n * W + lane;
-                            const c64 start = task.exact(n, lane, Exact::Bbar) * c64{z[0], z[W]};
-                            z[0] = start.re;
-                            z[W] = start.im;
-                        }
-                    task.add_response(Z, dy, length, true);
+                    const auto factor = [&](Index n, Index lane) { return task.exact(n, lane, Exact::Bbar); };
+                    task.add_response(upstream.xT, i, true, factor, Z, dy, length);
                 }
                 task.store(dy, grads.u, reading);
             }
@@ -366,20 +355,15 @@ void fft_backward(const cpu& exec, const Options& options, const Inputs<T, P>& i
         const Index block = at / both, d = at % both;
         A* tile = w.buffers + worker * w.buffers_size;
         double* S = w.moments + at * N * 4 * W;
-        std::fill_n(S, N * 4 * W, 0.0);
-        for (Index end = s.length; end > 0;) {
-            const Index begin = (end - 1) / tile_tokens * tile_tokens, count = end - begin;
-            std::fill_n(tile, tile_tokens * W, A(0));
-            A* to = tile + front_padding(count) * W;
+        const auto load = [&](A* to, Index begin, Index count) {
             for (Index group = 0; group < groups; ++group) {
-                const A* dK = w.dK + ((group * blocks + block) * both + d) * w.kernel_size;
+                const A* last =
+                    w.dK + ((group * blocks + block) * both + d) * w.kernel_size + (s.length - 1 - begin) * W;
                 for (Index t = 0; t < count; ++t)
-                    for (Index lane = 0; lane < W; ++lane) to[t * W + lane] += dK[(end - 1 - t) * W + lane];
+                    for (Index lane = 0; lane < W; ++lane) to[t * W + lane] += last[lane - t * W];
             }
-            simd::run_body<Moments<A>>(exec.isa, w.powers.block(block), true, S, static_cast<const A*>(tile),
-                                       tile + tile_tokens * W, N, count);
-            end = begin;
-        }
+        };
+        all_moments(exec.isa, w.powers.block(block), true, S, tile, N, s.length, load);
     });
     parallel_for(s.channels, exec.threads, [&](Index h, int) {
         const Index block = h / W, lane = h % W;

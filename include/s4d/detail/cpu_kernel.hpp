@@ -29,15 +29,15 @@ void kernel_start(const PowerTables<A>& t, bool reverse, Index modes, Index W, d
 template <class A>
 struct KernelLayout {
     PowerLayout<A> powers;
-    A* tiles;         // (threads, tiles_size): a tile, then scratch
-    double* moments;  // (blocks, N, 4, W): in forward the first half is the start
+    A* tiles;       // (threads, tiles_size): a tile, then scratch
+    double* modes;  // (blocks, N, 2 or 4, W): in forward the start, in backward moments of dK
     Index tiles_size;
 
     KernelLayout(Arena& arena, const Shape& s, pass p, int threads, Index W)
         : powers(arena, s, p == pass::backward, W) {
         tiles_size = tile_tokens * W + powers_scratch(W);
         tiles = arena.take<A>(threads * tiles_size);
-        moments = arena.take<double>(ceil_div(s.channels, W) * s.modes * 4 * W);
+        modes = arena.take<double>(ceil_div(s.channels, W) * s.modes * (p == pass::backward ? 4 : 2) * W);
     }
 };
 
@@ -51,16 +51,13 @@ void kernel_forward(const cpu& exec, const Options& options, const Params<P>& pa
     fill_powers<A>(exec, options, params, w.powers);
     parallel_for(ceil_div(s.channels, W), exec.threads, [&](Index block, int worker) {
         A* tile = w.tiles + worker * w.tiles_size;
-        double* Z = w.moments + block * N * 4 * W;
+        double* Z = w.modes + block * N * 2 * W;
         kernel_start(w.powers.block(block), false, N, W, Z);
-        for (Index begin = 0; begin < s.length; begin += tile_tokens) {
-            const Index count = std::min(tile_tokens, s.length - begin);
-            std::fill_n(tile, tile_tokens * W, A(0));
-            simd::run_body<Response<A>>(exec.isa, w.powers.block(block), false, Z, tile,
-                                        tile + tile_tokens * W, N, count);
+        const auto store = [&](const A* from, Index begin, Index count) {
             for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
-                for (Index t = 0; t < count; ++t) K(block * W + lane, begin + t) = tile[t * W + lane];
-        }
+                for (Index t = 0; t < count; ++t) K(block * W + lane, begin + t) = from[t * W + lane];
+        };
+        each_response(exec.isa, w.powers.block(block), false, Z, tile, N, s.length, store);
     });
 }
 
@@ -74,23 +71,18 @@ void kernel_backward(const cpu& exec, const Options& options, const Params<P>& p
     fill_powers<A>(exec, options, params, w.powers);
     parallel_for(ceil_div(s.channels, W), exec.threads, [&](Index block, int worker) {
         A* tile = w.tiles + worker * w.tiles_size;
-        double* S = w.moments + block * N * 4 * W;
-        std::fill_n(S, N * 4 * W, 0.0);
-        // From the last token to the first: powers count from the first.
-        for (Index end = s.length; end > 0;) {
-            const Index begin = (end - 1) / tile_tokens * tile_tokens, count = end - begin;
-            std::fill_n(tile, tile_tokens * W, A(0));
-            A* to = tile + front_padding(count) * W;
+        double* S = w.modes + block * N * 4 * W;
+        // From the last lag to the first: powers count from the first.
+        const auto load = [&](A* to, Index begin, Index count) {
             for (Index lane = 0; lane < std::min(W, s.channels - block * W); ++lane)
-                for (Index t = 0; t < count; ++t) to[t * W + lane] = dK(block * W + lane, end - 1 - t);
-            simd::run_body<Moments<A>>(exec.isa, w.powers.block(block), true, S, static_cast<const A*>(tile),
-                                       tile + tile_tokens * W, N, count);
-            end = begin;
-        }
+                for (Index t = 0; t < count; ++t)
+                    to[t * W + lane] = dK(block * W + lane, s.length - 1 - begin - t);
+        };
+        all_moments(exec.isa, w.powers.block(block), true, S, tile, N, s.length, load);
     });
     parallel_for(s.channels, exec.threads, [&](Index h, int) {
         write_grads(options, params, grads, h, 0.0, [&](Index n, const Mode& mode) {
-            const double* S = w.moments + (h / W * N + n) * 4 * W + h % W;
+            const double* S = w.modes + (h / W * N + n) * 4 * W + h % W;
             return kernel_gradients(mode, cast<double>(params.C(h, n)), {S[0], S[W]}, {S[2 * W], S[3 * W]});
         });
     });

@@ -21,7 +21,8 @@ namespace s4d::detail {
 
 inline constexpr int chunk_tokens = 16;
 inline constexpr int tile_chunks = tile_tokens / chunk_tokens;
-inline constexpr int row_group = 4;     // chunks that share the loads of a table, in registers
+inline constexpr int row_group = 4;  // chunks that share the loads of a table, in registers
+inline constexpr Index group_tokens = row_group * chunk_tokens;
 inline constexpr Index mode_block = 8;  // modes whose tables stay in L1 while a tile passes
 
 /// Chunks of a tile, the last one perhaps short, and how many with whole groups.
@@ -30,8 +31,7 @@ struct TileRows {
     explicit TileRows(Index count)
         : whole(count / chunk_tokens),
           last(count % chunk_tokens),
-          padded(ceil_div(count, chunk_tokens * row_group) * row_group) {}
-    static Index padded_tokens(Index count) { return TileRows(count).padded * chunk_tokens; }
+          padded(ceil_div(count, group_tokens) * row_group) {}
 };
 
 /// Rows of W lanes a mode, in float64: (re, im) of each.
@@ -372,7 +372,7 @@ struct Response {
         using V = typename L::V;
         constexpr int W = L::W;
         const Index Parts = slopes ? 4 : 2;
-        const Index rows = ceil_div(count, chunk_tokens * row_group) * row_group;
+        const Index rows = TileRows(count).padded;
         constexpr Index Y_row = mode_block * 2 * W;
         A* zero = scratch + tile_chunks * Y_row;
         std::fill_n(zero, 2 * W, A(0));
@@ -458,8 +458,34 @@ struct Moments {
     }
 };
 
-/// Tokens of zeros before `count` tokens, so that they end at the end of a chunk.
-inline Index front_padding(Index count) { return ceil_div(count, chunk_tokens) * chunk_tokens - count; }
+/// The response of length `length` to a start Z, which is used up: use(tile, begin, count) tile by tile. Behind
+/// the tile is scratch.
+template <class A, class F>
+void each_response(Isa isa, const PowerTables<A>& t, bool slopes, double* Z, A* tile, Index modes, Index length,
+                   F&& use) {
+    const Index W = simd::lanes<A>(isa);
+    for (Index begin = 0; begin < length; begin += tile_tokens) {
+        const Index count = std::min(tile_tokens, length - begin);
+        std::fill_n(tile, tile_tokens * W, A(0));
+        simd::run_body<Response<A>>(isa, t, slopes, Z, tile, tile + tile_tokens * W, modes, count);
+        use(static_cast<const A*>(tile), begin, count);
+    }
+}
+
+/// Moments of `length` tokens, of which load(to, begin, count) puts some into a tile. Behind it is scratch.
+template <class A, class F>
+void all_moments(Isa isa, const PowerTables<A>& t, bool slopes, double* S, A* tile, Index modes, Index length,
+                 F&& load) {
+    const Index W = simd::lanes<A>(isa);
+    std::fill_n(S, modes * (slopes ? 4 : 2) * W, 0.0);
+    for (Index begin = 0; begin < length; begin += tile_tokens) {
+        const Index count = std::min(tile_tokens, length - begin);
+        std::fill_n(tile, tile_tokens * W, A(0));
+        load(tile + (ceil_div(count, chunk_tokens) * chunk_tokens - count) * W, begin, count);
+        simd::run_body<Moments<A>>(isa, t, slopes, S, static_cast<const A*>(tile), tile + tile_tokens * W, modes,
+                                   count);
+    }
+}
 
 }  // namespace s4d::detail
 }  // namespace interstate::inline INTERSTATE_ABI

@@ -32,24 +32,22 @@ inline constexpr Index table_rows = 2 * carry_tokens;
 template <class A>
 inline constexpr bool carried = std::is_same_v<A, float>;
 
-/// Gradients that a backward task accumulates for a mode, W lanes each, in float64.
+/// Gradients that a backward task accumulates for a mode, W lanes each, in float64; behind those of all modes
+/// is that of D.
 enum Partial { dAre, dAim, dBre, dBim, dCre, dCim, partials };
 
 template <class A>
 struct ScanLayout {
-    A* coefficient;      // (directions, blocks, N, coefficients, W)
-    double* carry;       // (blocks, N, carries, W), float tiles
-    A* response;         // (blocks, N, table_rows, W), float tiles: Abar^l Bbar
+    TileMemory<A> memory;
+    A* coefficient;  // (directions, blocks, N, coefficients, W)
+    double* carry;   // (blocks, N, carries, W), float tiles
+    A* response;     // (blocks, N, table_rows, W), float tiles: Abar^l Bbar
     A* response_dy;  // (directions, blocks, N, table_rows, W), float tiles in backward: conj(2 C Abar^(l+1))
-    A* feedthrough;      // (directions, blocks, W): D, and zero for the reversed direction
-    A* tiles;            // (threads, tiles_size)
-    A* sum;              // (threads, L + 1, W), bidirectional
-    double* states;      // (threads, states_size)
-    double* partial;     // (groups, blocks, directions, N, partials, W), backward
-    double* partial_D;   // (groups, blocks, directions, W), backward
-    Index tiles_size, sum_size, states_size;
+    A* feedthrough;  // (directions, blocks, W): D, and zero for the reversed direction
 
-    ScanLayout(Arena& arena, const Shape& s, pass p, int threads, Index W) {
+    ScanLayout(Arena& arena, const Shape& s, pass p, int threads, Index W)
+        : memory(arena, s, p, threads, W, p == pass::backward ? 2 * 2 * (tile_tokens + 1) * W : 0,
+                 (s.modes * partials + 1) * W) {
         const Index blocks = ceil_div(s.channels, W), modes = blocks * s.modes, both = directions(s);
         const bool back = p == pass::backward;
         coefficient = arena.take<A>(both * modes * coefficients * W);
@@ -57,15 +55,6 @@ struct ScanLayout {
         response = carried<A> ? arena.take<A>(modes * table_rows * W) : nullptr;
         response_dy = carried<A> && back ? arena.take<A>(both * modes * table_rows * W) : nullptr;
         feedthrough = arena.take<A>(both * blocks * W);
-        tiles_size = back ? (3 * tile_tokens + 2 * 2 * (tile_tokens + 1)) * W : 2 * tile_tokens * W;
-        tiles = arena.take<A>(threads * tiles_size);
-        sum_size = s.bidirectional ? (s.length + 1) * W : 0;
-        sum = arena.take<A>(threads * sum_size);
-        states_size = 2 * s.modes * W;
-        states = arena.take<double>(threads * states_size);
-        const Index groups = back ? backward_groups(s) : 0;
-        partial = arena.take<double>(groups * modes * both * partials * W);
-        partial_D = arena.take<double>(groups * blocks * both * W);
     }
 };
 
@@ -123,34 +112,19 @@ INTERSTATE_INLINE void advance(Complexes<V>& x, const Complexes<V>& a, const Com
     x.im = im;
 }
 
-/// Carries one mode's state over tokens [begin, end) of a tile of u.
+/// Carries one mode's state, or in backward (sign = -1) the gradient of it (eq. 6), over `count` tokens of a
+/// tile; table[k] is what the token at in + k step leaves in it.
 template <class V, class A>
-INTERSTATE_INLINE void carry_forward(double* state, const double* carry, const A* response, const A* u,
-                                     Index begin, Index end) {
+INTERSTATE_INLINE void carry_over(double* state, const double* carry, const A* table, const A* in, Index step,
+                                  Index count, double sign) {
     constexpr int W = V::lanes;
     Complexes<V> local{simd::broadcast<V>(0.0), simd::broadcast<V>(0.0)};
-    for (Index t = begin; t < end; ++t) {
-        const V ut = simd::load<V>(u + t * W);
-        const A* k = response + (end - 1 - t) * 2 * W;
-        local.re = simd::fma(simd::load<V>(k), ut, local.re);
-        local.im = simd::fma(simd::load<V>(k + W), ut, local.im);
+    for (Index k = 0; k < count; ++k) {
+        const V x = simd::load<V>(in + k * step);
+        local.re = simd::fma(simd::load<V>(table + k * 2 * W), x, local.re);
+        local.im = simd::fma(simd::load<V>(table + (k * 2 + 1) * W), x, local.im);
     }
-    carry_state(state, carry, local, end - begin, 1.0);
-}
-
-/// Carries one mode's gradient of the state back over tokens [begin, end) of a tile of dy (eq. 6).
-template <class V, class A>
-INTERSTATE_INLINE void carry_backward(double* g, const double* carry, const A* response_dy, const A* dy,
-                                      Index begin, Index end) {
-    constexpr int W = V::lanes;
-    Complexes<V> local{simd::broadcast<V>(0.0), simd::broadcast<V>(0.0)};
-    for (Index t = begin; t < end; ++t) {
-        const V dyt = simd::load<V>(dy + t * W);
-        const A* k = response_dy + (t - begin) * 2 * W;
-        local.re = simd::fma(simd::load<V>(k), dyt, local.re);
-        local.im = simd::fma(simd::load<V>(k + W), dyt, local.im);
-    }
-    carry_state(g, carry, local, end - begin, -1.0);
+    carry_state(state, carry, local, count, sign);
 }
 
 /// The tables of one block of channels, from mode `n` on.
@@ -174,13 +148,9 @@ struct ModeTables {
 
 template <class A>
 struct ScanForward {
-    struct Args {
+    struct Args : ForwardTile<A> {
         ModeTables<A> tables;
         const A* feedthrough;
-        const A* u;
-        A* y;
-        double* state;  // (N, 2, W), moved to the end of the tile
-        Index modes, count;
     };
 
     /// A pair of modes (or the odd one) down a tile; tables and state start at the first of them.
@@ -210,7 +180,8 @@ struct ScanForward {
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
                     const ModeTables<A> mode = tables.from(m, W);
-                    carry_forward<V>(state + 2 * m * W, mode.carry, mode.response, u, begin, end);
+                    carry_over<V>(state + 2 * m * W, mode.carry, mode.response, u + (end - 1) * W, Index{-W},
+                                  end - begin, 1.0);
                     x[m] = load_pair<V>(state + 2 * m * W);
                 }
         }
@@ -234,19 +205,9 @@ struct ScanForward {
 
 template <class A>
 struct ScanBackward {
-    struct Args {
+    struct Args : BackwardTile<A> {
         ModeTables<A> tables;
         const A* feedthrough;
-        const A* u;
-        const A* dy;
-        A* du;
-        A* x;                 // scratch for the states of a pair of modes
-        double* state;        // (N, 2, W), gradient of the state, moved to the beginning of the tile
-        const A* checkpoint;  // (N, 2) rows of lanes
-        Index lane_stride;    // from row to row of the checkpoint
-        double* partial;      // (N, partials, W)
-        double* partial_D;    // (W)
-        Index modes, count;
     };
 
     template <class V>
@@ -289,7 +250,8 @@ struct ScanBackward {
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
                     const ModeTables<A> mode = tables.from(m, W);
-                    carry_forward<V>(state + 2 * m * W, mode.carry, mode.response, u, begin, end);
+                    carry_over<V>(state + 2 * m * W, mode.carry, mode.response, u + (end - 1) * W, Index{-W},
+                                  end - begin, 1.0);
                     s[m] = load_pair<V>(state + 2 * m * W);
                 }
         }
@@ -335,7 +297,8 @@ struct ScanBackward {
             if constexpr (carried<A>)
                 for (int m = 0; m < Modes; ++m) {
                     const ModeTables<A> mode = tables.from(m, W);
-                    carry_backward<V>(g_state + 2 * m * W, mode.carry, mode.response_dy, dy, begin, end);
+                    carry_over<V>(g_state + 2 * m * W, mode.carry, mode.response_dy, dy + begin * W, Index{W},
+                                  end - begin, -1.0);
                     g[m] = load_pair<V>(g_state + 2 * m * W);
                 }
             end = begin;
@@ -360,7 +323,7 @@ struct ScanBackward {
             dd = simd::fma(simd::load<V>(args.u + t * W), dyt, dd);
             simd::store(args.du + t * W, d * dyt);
         }
-        add(args.partial_D, dd);
+        add(args.sums + args.modes * partials * W, dd);
         Index n = 0;
         for (; n + 2 <= args.modes; n += 2) modes<2, V>(args, n);
         if (n < args.modes) modes<1, V>(args, n);
@@ -370,10 +333,11 @@ struct ScanBackward {
     static INTERSTATE_INLINE void modes(const Args& args, Index n) {
         constexpr int W = V::lanes;
         const ModeTables<A> tables = args.tables.from(n, W);
-        recompute<Modes, V>(args.u, args.x, args.checkpoint + 2 * n * args.lane_stride, args.lane_stride,
+        A* x = args.scratch;  // states of these modes
+        recompute<Modes, V>(args.u, x, args.checkpoint + 2 * n * args.lane_stride, args.lane_stride,
                             tables, args.count);
-        tile<Modes, V>(args.u, args.dy, args.du, args.state + 2 * n * W, args.x, tables,
-                       args.partial + n * partials * W, args.count);
+        tile<Modes, V>(args.u, args.dy, args.du, args.state + 2 * n * W, x, tables,
+                       args.sums + n * partials * W, args.count);
     }
 };
 
@@ -438,40 +402,15 @@ void scan_forward(const cpu& exec, const Options& options, const Inputs<T, P>& i
                   Saved saved, Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(in);
-    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes;
-    Arena arena(ws.data), saved_arena(saved.data);
+    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W);
+    Arena arena(ws.data);
     const ScanLayout<A> w(arena, s, pass::forward, exec.threads, W);
-    A* kept = saved_arena.take<A>(directions(s) * checkpoint_count(s) * checkpoint_size(s));
     fill_tables<A>(options, in.params, w, W, exec.threads);
-    zero_outside_sequences(out.y, in.cu_seqlens, s);
-    parallel_for(s.states() * blocks, exec.threads, [&](Index task, int worker) {
-        const Index i = task / blocks, block = task % blocks, h = block * W,
-                    width = std::min(W, s.channels - h);
-        const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
-        A* u = w.tiles + worker * w.tiles_size;
-        A* y = u + tile_tokens * W;
-        double* state = w.states + worker * w.states_size;
-        for (Index d = directions(s) - 1; d >= 0; --d) {
-            const bool reverse = d == 1;
-            const TileStream<T> stream{exec.isa, {batch, rows, reverse}, h, width, W,
-                                       s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
-            load_state(state, reverse ? View<const complex<A>, 3>{} : in.x0, i, h, width, N, W);
-            A* checkpoint = checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse);
-            for (Index begin = 0; begin < stream.length(); begin += tile_tokens) {
-                const Index count = std::min(tile_tokens, stream.length() - begin);
-                if (checkpoint) {
-                    store_checkpoint(checkpoint, state, s, W);
-                    checkpoint += checkpoint_size(s);
-                }
-                stream.load(u, in.u, begin, count, count);
-                simd::run_body<ScanForward<A>>(
-                    exec.isa, typename ScanForward<A>::Args{scan_tables(w, s, W, block, d),
-                                                            w.feedthrough + (d * blocks + block) * W, u, y,
-                                                            state, N, count});
-                stream.store_y(y, out.y, begin, count);
-            }
-            if (!reverse) store_state(state, out.xT, i, h, width, N, W);
-        }
+    const TileLoops<T, P> loops{exec, in, w.memory, saved, 1};
+    loops.forward(out, [&](Index block, Index d, const ForwardTile<A>& tile) {
+        simd::run_body<ScanForward<A>>(
+            exec.isa, typename ScanForward<A>::Args{tile, scan_tables(w, s, W, block, d),
+                                                    w.feedthrough + (d * blocks + block) * W});
     });
 }
 
@@ -480,68 +419,35 @@ void scan_backward(const cpu& exec, const Options& options, const Inputs<T, P>& 
                    const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     using A = acc_t<T>;
     const Shape s = shape_of(in);
-    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), N = s.modes;
-    const Index groups = backward_groups(s), both = directions(s);
-    Arena arena(ws.data), saved_arena(saved.data);
+    const Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W), both = directions(s);
+    Arena arena(ws.data);
     const ScanLayout<A> w(arena, s, pass::backward, exec.threads, W);
-    A* kept = saved_arena.take<A>(both * checkpoint_count(s) * checkpoint_size(s));
     fill_tables<A>(options, in.params, w, W, exec.threads);
-    zero_outside_sequences(grads.u, in.cu_seqlens, s);
-    const Index partial_size = N * partials * W;
-    parallel_for(groups * blocks, exec.threads, [&](Index task, int worker) {
-        const Index block = task % blocks, h = block * W, width = std::min(W, s.channels - h);
-        A* u = w.tiles + worker * w.tiles_size;
-        A* dy = u + tile_tokens * W;
-        A* du = dy + tile_tokens * W;
-        double* state = w.states + worker * w.states_size;
-        double* partial = w.partial + task * both * partial_size;
-        double* partial_D = w.partial_D + task * both * W;
-        std::fill_n(partial, both * partial_size, 0.0);
-        std::fill_n(partial_D, both * W, 0.0);
-        for (Index i = task / blocks; i < s.states(); i += groups) {
-            const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
-            for (Index d = both - 1; d >= 0; --d) {
-                const bool reverse = d == 1;
-                const TileStream<T> stream{exec.isa, {batch, rows, reverse}, h, width, W,
-                                           s.bidirectional ? w.sum + worker * w.sum_size : nullptr};
-                const A* checkpoints = checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse);
-                load_state(state, reverse ? View<const complex<A>, 3>{} : upstream.xT, i, h, width, N, W);
-                for (Index c = ceil_div(stream.length(), tile_tokens) - 1; c >= 0; --c) {
-                    const Index begin = c * tile_tokens, count = std::min(tile_tokens, stream.length() - begin);
-                    stream.load(u, in.u, begin, count, count);
-                    stream.load_dy(dy, upstream.y, begin, count, count);
-                    simd::run_body<ScanBackward<A>>(
-                        exec.isa,
-                        typename ScanBackward<A>::Args{
-                            scan_tables(w, s, W, block, d), w.feedthrough + (d * blocks + block) * W, u, dy,
-                            du, du + tile_tokens * W, state, checkpoints + c * checkpoint_size(s),
-                            checkpoint_lanes(s), partial + d * partial_size, partial_D + d * W, N, count});
-                    stream.store_du(du, grads.u, begin, count);
-                }
-                if (!reverse) store_state(state, grads.x0, i, h, width, N, W);
-            }
-        }
+    const TileLoops<T, P> loops{exec, in, w.memory, saved, 1};
+    loops.backward(upstream, grads, 1.0, [&](Index block, Index d, const BackwardTile<A>& tile) {
+        simd::run_body<ScanBackward<A>>(
+            exec.isa, typename ScanBackward<A>::Args{tile, scan_tables(w, s, W, block, d),
+                                                     w.feedthrough + (d * blocks + block) * W});
     });
     parallel_for(s.channels, exec.threads, [&](Index h, int) {
         const Index block = h / W, lane = h % W;
-        const auto total = [&](Index d, Index n, Partial which) {
-            c64 sum{};
-            for (Index group = 0; group < groups; ++group) {
-                const double* at = w.partial + ((group * blocks + block) * both + d) * partial_size +
-                                   (n * partials + which) * W + lane;
-                sum += {at[0], at[W]};
-            }
+        const auto total = [&](Index d, Index row) {
+            double sum = 0.0;
+            for (Index group = 0; group < backward_groups(s); ++group)
+                sum += w.memory.sums[((group * blocks + block) * both + d) * w.memory.sums_size + row * W +
+                                     lane];
             return sum;
         };
-        double dD = 0.0;
-        for (Index group = 0; group < groups; ++group)
-            dD += w.partial_D[(group * blocks + block) * both * W + lane];
+        const auto of_mode = [&](Index d, Index n, Partial re) {
+            return c64{total(d, n * partials + re), total(d, n * partials + re + 1)};
+        };
+        const double dD = total(0, s.modes * partials);
         write_grads(options, in.params, grads.params, h, dD, [&](Index n, const Mode&) {
-            DiscreteGrads g{total(0, n, dAre), total(0, n, dBre), 2.0 * total(0, n, dCre), {}};
+            DiscreteGrads g{of_mode(0, n, dAre), of_mode(0, n, dBre), 2.0 * of_mode(0, n, dCre), {}};
             if (both == 2) {
-                g.Abar += total(1, n, dAre);
-                g.Bbar += total(1, n, dBre);
-                g.C_reverse = 2.0 * total(1, n, dCre);
+                g.Abar += of_mode(1, n, dAre);
+                g.Bbar += of_mode(1, n, dBre);
+                g.C_reverse = 2.0 * of_mode(1, n, dCre);
             }
             return g;
         });

@@ -201,6 +201,142 @@ void store_state(const double* state, const View<complex<A>, 3>& x, Index i, Ind
                                  static_cast<A>(sign * state[(2 * n + 1) * W + lane])};
 }
 
+/// A tile of one task, as what computes sees it: tokens (count, W), and scratch behind them.
+template <class A>
+struct ForwardTile {
+    const A* u;
+    A* y;
+    A* scratch;
+    double* state;  // (N, 2, W), moved to the end of the tile
+    Index modes, count;
+};
+template <class A>
+struct BackwardTile {
+    const A* u;
+    const A* dy;
+    A* du;
+    A* scratch;
+    double* state;        // (N, 2, W), gradient of the state, moved to the beginning of the tile
+    const A* checkpoint;  // (N, 2) rows of lanes, the state before the tile
+    Index lane_stride;    // from row to row of the checkpoint
+    double* sums;         // (sums_size) of the task and direction, added to
+    Index modes, count;
+};
+
+/// Memory of a method that goes through time in tiles, its tables apart.
+template <class A>
+struct TileMemory {
+    A* tiles;        // (threads, tiles_size): u and y, or u, dy and du; then scratch
+    A* sum;          // (threads, L + 1, W), bidirectional
+    double* states;  // (threads, N, 2, W)
+    double* sums;    // (groups, blocks, directions, sums_size), backward
+    Index tiles_size, sum_size, states_size, sums_size;
+
+    TileMemory(Arena& arena, const Shape& s, pass p, int threads, Index W, Index scratch,
+               Index backward_sums) {
+        const bool back = p == pass::backward;
+        tiles_size = (back ? 3 : 2) * tile_tokens * W + scratch;
+        tiles = arena.take<A>(threads * tiles_size);
+        sum_size = s.bidirectional ? (s.length + 1) * W : 0;
+        sum = arena.take<A>(threads * sum_size);
+        states_size = 2 * s.modes * W;
+        states = arena.take<double>(threads * states_size);
+        sums_size = back ? backward_sums : 0;
+        sums = arena.take<double>(backward_groups(s) * ceil_div(s.channels, W) * directions(s) * sums_size);
+    }
+};
+
+/// The loops of a method over tasks, directions and tiles. exec has been resolved.
+template <class T, class P>
+struct TileLoops {
+    using A = acc_t<T>;
+    const cpu& exec;
+    const Inputs<T, P>& in;
+    const TileMemory<A>& memory;
+    Saved saved;
+    Index group;  // tiles end with zeros up to a multiple of so many tokens
+    Shape s = shape_of(in);
+    Index W = simd::lanes<A>(exec.isa), blocks = ceil_div(s.channels, W);
+
+    /// compute(block, direction, tile) makes tile.y and moves tile.state.
+    template <class F>
+    void forward(const Outputs<T>& out, F&& compute) const {
+        zero_outside_sequences(out.y, in.cu_seqlens, s);
+        parallel_for(s.states() * blocks, exec.threads, [&](Index task, int worker) {
+            const Index block = task % blocks;
+            A* u = memory.tiles + worker * memory.tiles_size;
+            A* y = u + tile_tokens * W;
+            const auto tiles = [&](const TileStream<T>& stream, Index d, double* state, A* checkpoint) {
+                for (Index begin = 0; begin < stream.length(); begin += tile_tokens) {
+                    const Index count = std::min(tile_tokens, stream.length() - begin);
+                    if (checkpoint) {
+                        store_checkpoint(checkpoint, state, s, W);
+                        checkpoint += checkpoint_size(s);
+                    }
+                    stream.load(u, in.u, begin, count, padded(count));
+                    compute(block, d, ForwardTile<A>{u, y, y + tile_tokens * W, state, s.modes, count});
+                    stream.store_y(y, out.y, begin, count);
+                }
+            };
+            each_direction(task / blocks, block, worker, in.x0, out.xT, 1.0, tiles);
+        });
+    }
+
+    /// compute(block, direction, tile) makes tile.du, moves tile.state, whose imaginary parts are those of
+    /// the gradient times `sign`, and adds to tile.sums.
+    template <class F>
+    void backward(const Upstream<T>& upstream, const Grads<T, P>& grads, double sign, F&& compute) const {
+        zero_outside_sequences(grads.u, in.cu_seqlens, s);
+        const Index groups = backward_groups(s);
+        parallel_for(groups * blocks, exec.threads, [&](Index task, int worker) {
+            const Index block = task % blocks;
+            A* u = memory.tiles + worker * memory.tiles_size;
+            A* dy = u + tile_tokens * W;
+            A* du = dy + tile_tokens * W;
+            double* sums = memory.sums + task * directions(s) * memory.sums_size;
+            std::fill_n(sums, directions(s) * memory.sums_size, 0.0);
+            const auto tiles = [&](const TileStream<T>& stream, Index d, double* state,
+                                   const A* checkpoints) {
+                for (Index c = ceil_div(stream.length(), tile_tokens) - 1; c >= 0; --c) {
+                    const Index begin = c * tile_tokens,
+                                count = std::min(tile_tokens, stream.length() - begin);
+                    stream.load(u, in.u, begin, count, padded(count));
+                    stream.load_dy(dy, upstream.y, begin, count, padded(count));
+                    compute(block, d,
+                            BackwardTile<A>{u, dy, du, du + tile_tokens * W, state,
+                                            checkpoints + c * checkpoint_size(s), checkpoint_lanes(s),
+                                            sums + d * memory.sums_size, s.modes, count});
+                    stream.store_du(du, grads.u, begin, count);
+                }
+            };
+            for (Index i = task / blocks; i < s.states(); i += groups)
+                each_direction(i, block, worker, upstream.xT, grads.x0, sign, tiles);
+        });
+    }
+
+  private:
+    Index padded(Index count) const { return ceil_div(count, group) * group; }
+
+    /// Recurrence i of a block, the reversed direction first, to which the causal one adds. Only the causal
+    /// one starts from `from` and leaves `to`.
+    template <class F>
+    void each_direction(Index i, Index block, int worker, const View<const complex<A>, 3>& from,
+                        const View<complex<A>, 3>& to, double sign, F&& tiles) const {
+        const auto [batch, rows] = place_of(in.cu_seqlens, s, i);
+        const Index h = block * W, width = std::min(W, s.channels - h);
+        A* kept = Arena(saved.data).take<A>(directions(s) * checkpoint_count(s) * checkpoint_size(s));
+        A* sum = s.bidirectional ? memory.sum + worker * memory.sum_size : nullptr;
+        double* state = memory.states + worker * memory.states_size;
+        for (Index d = directions(s) - 1; d >= 0; --d) {
+            const bool reverse = d == 1;
+            load_state(state, reverse ? View<const complex<A>, 3>{} : from, i, h, width, s.modes, W, sign);
+            tiles(TileStream<T>{exec.isa, {batch, rows, reverse}, h, width, W, sum}, d, state,
+                  checkpoints_at(kept, in.cu_seqlens, s, i, h, reverse));
+            if (!reverse) store_state(state, to, i, h, width, s.modes, W, sign);
+        }
+    }
+};
+
 /// Gradients of one mode in discrete form.
 struct DiscreteGrads {
     c64 Abar{}, Bbar{}, C{}, C_reverse{};
