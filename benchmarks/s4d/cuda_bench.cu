@@ -202,9 +202,9 @@ int main(int argc, char** argv) {
     }
     cudaDeviceProp device;
     bench::check(cudaGetDeviceProperties(&device, 0), "device");
-    const Ceilings c{bench::copy_gbps(), bench::mma_tf32_tflops()};
+    const Ceilings c{bench::copy_gbps(), bench::peak_tflops<bench::Tf32Mma>()};
     std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f,\"mma_tf32_TFLOPs\":%.1f}\n", device.name,
-                c.copy_gbps, bench::fma_tflops(), c.mma_tflops);
+                c.copy_gbps, bench::peak_tflops<bench::FloatFma>(), c.mma_tflops);
     run<f32>({8, 16384, 512, 32}, c);
     run<bf16>({8, 16384, 512, 32}, c);
     run<f16>({8, 16384, 512, 32}, c);

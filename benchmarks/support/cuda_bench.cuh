@@ -74,59 +74,56 @@ inline double copy_gbps() {
     return 2.0 * static_cast<double>(bytes) / ms * 1e-6;
 }
 
-template <int unrolled>
-__global__ void fma_peak_kernel(float* out, int iterations) {
-    float x[unrolled];
-    const float y = static_cast<float>(threadIdx.x) * 1e-9f;
-#pragma unroll
-    for (int j = 0; j < unrolled; ++j) x[j] = static_cast<float>(j);
-    for (int i = 0; i < iterations; ++i)
-#pragma unroll
-        for (int j = 0; j < unrolled; ++j) x[j] = fmaf(x[j], y, 1.0f);
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < unrolled; ++j) sum += x[j];
-    if (sum == 12345.0f) *out = sum;  // keeps the work from being dropped
-}
-
-/// TFLOP/s of float32 FMAs outside the tensor cores: this run's arithmetic ceiling.
-inline double fma_tflops() {
-    cudaDeviceProp device;
-    check(cudaGetDeviceProperties(&device, 0), "device");
-    constexpr int unrolled = 8, iterations = 4096, threads = 512;
-    const int blocks = device.multiProcessorCount * 4;
-    DeviceArray<float> out(1);
-    const double ms = milliseconds([&] { fma_peak_kernel<unrolled><<<blocks, threads>>>(out.data(), iterations); });
-    check(cudaGetLastError(), "fma_peak_kernel");
-    return 2.0 * blocks * threads * static_cast<double>(iterations) * unrolled / ms * 1e-9;
-}
-
-template <int chains>
-__global__ void mma_peak_kernel(float* out, int iterations) {
+/// The peak kernel's operations: operands in registers, and what adds to one of several independent sums.
+struct FloatFma {
+    using Sum = float;
+    static constexpr double flops = 2.0;  // of a thread
+    float y = static_cast<float>(threadIdx.x) * 1e-9f;
+    __device__ void add_to(float& x) const { x = fmaf(x, y, 1.0f); }
+    __device__ static float value(float x) { return x; }
+};
+struct Tf32Mma {
+    struct Sum {
+        float c[4];
+    };
+    static constexpr double flops = 2.0 * 16 * 8 * 8 / 32;
     device::Factors<float, device::Precision::rounded, 4> a;
     device::Factors<float, device::Precision::rounded, 2> b;
-    for (int i = 0; i < 4; ++i) a.set(i, static_cast<float>(threadIdx.x + i));
-    for (int i = 0; i < 2; ++i) b.set(i, static_cast<float>(threadIdx.x - i));
-    float c[chains][4] = {};
+    __device__ Tf32Mma() {
+        for (int i = 0; i < 4; ++i) a.set(i, static_cast<float>(threadIdx.x + i));
+        for (int i = 0; i < 2; ++i) b.set(i, static_cast<float>(threadIdx.x - i));
+    }
+    __device__ void add_to(Sum& sum) const { device::multiply_add(sum.c, a, b); }
+    __device__ static float value(const Sum& sum) { return sum.c[0] + sum.c[1] + sum.c[2] + sum.c[3]; }
+};
+
+template <class Operation, int chains>
+__global__ void peak_kernel(float* out, int iterations) {
+    const Operation operation;
+    typename Operation::Sum sums[chains];
+#pragma unroll
+    for (int j = 0; j < chains; ++j) sums[j] = {static_cast<float>(j)};  // no two the same, which could be merged
     for (int i = 0; i < iterations; ++i)
 #pragma unroll
-        for (int j = 0; j < chains; ++j) device::multiply_add(c[j], a, b);
-    float sum = 0.0f;
+        for (int j = 0; j < chains; ++j) operation.add_to(sums[j]);
+    float total = 0.0f;
 #pragma unroll
-    for (int j = 0; j < chains; ++j) sum += c[j][0] + c[j][1] + c[j][2] + c[j][3];
-    if (sum == 12345.0f) *out = sum;  // keeps the work from being dropped
+    for (int j = 0; j < chains; ++j) total += Operation::value(sums[j]);
+    if (total == 12345.0f) *out = total;  // keeps the work from being dropped
 }
 
-/// TFLOP/s of mma.sync m16n8k8 in tf32 from registers: this run's tensor-core ceiling for float.
-inline double mma_tf32_tflops() {
+/// TFLOP/s of an operation on registers alone: with FloatFma this run's arithmetic ceiling outside the tensor cores,
+/// with Tf32Mma (mma.sync m16n8k8) its tensor-core ceiling for float.
+template <class Operation>
+double peak_tflops() {
     cudaDeviceProp device;
     check(cudaGetDeviceProperties(&device, 0), "device");
     constexpr int chains = 8, iterations = 4096, threads = 512;
     const int blocks = device.multiProcessorCount * 2;
     DeviceArray<float> out(1);
-    const double ms = milliseconds([&] { mma_peak_kernel<chains><<<blocks, threads>>>(out.data(), iterations); });
-    check(cudaGetLastError(), "mma_peak_kernel");
-    return 2048.0 * blocks * (threads / 32) * static_cast<double>(iterations) * chains / ms * 1e-9;
+    const double ms = milliseconds([&] { peak_kernel<Operation, chains><<<blocks, threads>>>(out.data(), iterations); });
+    check(cudaGetLastError(), "peak_kernel");
+    return Operation::flops * blocks * threads * static_cast<double>(iterations) * chains / ms * 1e-9;
 }
 
 }  // namespace interstate::bench
