@@ -160,6 +160,7 @@ Status forward(const cuda_fft& exec, const Options& options, const Inputs<T, P>&
     INTERSTATE_RETURN_IF_ERROR(validate(in, out));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_fft_method(options));
+    INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_grids(shape));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
@@ -175,6 +176,7 @@ Status backward(const cuda_fft& exec, const Options& options, const Inputs<T, P>
     INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, grads));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_fft_method(options));
+    INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_grids(shape));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());

@@ -250,6 +250,24 @@ void host_errors(Checks& checks) {
     checks.expect(s.code() == StatusCode::device_error, "without plans", "must be a device error");
 }
 
+/// More channels than a grid has room for: refused on sight of the sizes, before plans, memory or output are touched.
+void too_many_channels(Checks& checks) {
+    const Index H = 65535 * 32 + 1;
+    float number = 0.0f;
+    complex<float> pair{};
+    s4d::Inputs<float> wide{.u = view(&std::as_const(number), {Index{1}, Index{1}, H})};
+    wide.params = {.log_dt = view(&std::as_const(number), {H}), .log_neg_re = view(&std::as_const(number), {H, Index{1}}),
+                   .im = view(&std::as_const(number), {H, Index{1}}), .B = view(&std::as_const(pair), {H, Index{1}}),
+                   .C = view(&std::as_const(pair), {H, Index{1}})};
+    const s4d::Grads<float> grads{.u = view(&number, {Index{1}, Index{1}, H})};
+    const s4d::cuda_fft exec;
+    for (const Status& refused :
+         {forward(exec, s4d::Options{}, wide, s4d::Outputs<float>{.y = grads.u}, Saved{}, Workspace{}),
+          backward(exec, s4d::Options{}, wide, s4d::Outputs<float>{}, Saved{}, s4d::Upstream<float>{.y = wide.u}, grads,
+                   Workspace{})})
+        checks.expect(refused.code() == StatusCode::invalid_argument, "2,097,121 channels", refused.message());
+}
+
 void run(Checks& checks, bool quick) {
     using s4d::Discretization;
     transform_lengths(checks);
@@ -257,6 +275,7 @@ void run(Checks& checks, bool quick) {
     every_dtype(checks, make({.batch = 2, .length = 257, .channels = 3, .modes = 5}, 1));
     packed(checks, false);
     host_errors(checks);
+    too_many_channels(checks);
     if (quick) return;
     for (const Discretization disc : {Discretization::zoh, Discretization::bilinear})
         for (const Index L : {0, 1, 2, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 9001})

@@ -189,6 +189,16 @@ struct FftLayout {
     }
 };
 
+/// Whether the grids of a call are ones that a GPU takes. Asked before anything is written.
+inline Status check_grids(const Shape& s) {
+    constexpr Index most = Index{65535} * transpose_tile;  // tiles of channels are the second axis of a grid
+    if (s.channels > most)
+        return Status::error(StatusCode::invalid_argument, "u: channels is %lld, must be at most %lld on cuda_fft",
+                             static_cast<long long>(s.channels), static_cast<long long>(most));
+    LaunchShape grid;
+    return power_grid(s, s.length, grid);
+}
+
 /// Forward and backward of one call. `Transforms` has to_spectrum(rows, bins) and to_rows(bins, rows), neither
 /// scaled; to_rows may spoil what it reads.
 template <class T, class P, class Transforms>
