@@ -86,17 +86,11 @@ void packed_with_bad_offsets(Checks& checks) {
         const auto& bad = bad_offsets[i / 2];
         const s4d::Method method = i % 2 ? s4d::Method::scan : s4d::Method::chunked;
         Case wrong = make({.length = 1100, .channels = 8, .modes = 2, .cu_seqlens = bad}, 4);
-        std::uint32_t* flags = nullptr;
-        std::uint32_t seen = 0;
-        checks.expect(cudaMalloc(&flags, sizeof *flags) == cudaSuccess, "flags", "cudaMalloc");
-        checks.expect(cudaMemset(flags, 0, sizeof *flags) == cudaSuccess, "flags", "cudaMemset");
-        Case results;
-        const Status status = run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {.method = method},
-                                                              wrong, results);
-        checks.expect(status.ok(), "bad cu_seqlens", status.message());
-        checks.expect(cudaMemcpy(&seen, flags, sizeof seen, cudaMemcpyDeviceToHost) == cudaSuccess, "flags", "copy");
+        const std::uint32_t seen = flags_after(checks, "bad cu_seqlens", [&](std::uint32_t* flags) {
+            Case results;
+            return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {.method = method}, wrong, results);
+        });
         checks.expect(seen == flag_bad_cu_seqlens, "bad cu_seqlens", "the device flag must be set");
-        cudaFree(flags);
     }
 }
 
@@ -187,18 +181,23 @@ void host_errors(Checks& checks) {
     checks.expect(s.code() == StatusCode::invalid_argument, "null u", s.message());
 }
 
-/// No sequences at all: nothing to read, and gradients of parameters are zero.
+/// No sequences at all: nothing to read but the one offset, and gradients of parameters are zero.
 void no_sequences(Checks& checks) {
     for (const s4d::Method method : {s4d::Method::chunked, s4d::Method::scan})
-        for (const Index L : {0, 5, 1100}) {
-            const Case c = make({.length = L, .channels = 8, .modes = 3, .cu_seqlens = {0}, .bidirectional = true}, 3);
-            Case got;
-            const Status s = run_case<Operator, float, float>(interstate::cuda{}, {.method = method}, c, got);
-            checks.expect(s.ok(), "no sequences", s.message());
-            for (const auto& [name, tensor] : got.tensors)
-                for (const double x : tensor.values)
-                    if (x != 0.0) checks.expect(false, name.c_str(), "must be zero without sequences");
-        }
+        for (const Index L : {0, 5, 1100})
+            for (const Index offset : {Index{0}, L, Index{-1}, L + 1}) {
+                const Case c = make({.length = L, .channels = 8, .modes = 3,
+                                     .cu_seqlens = {static_cast<double>(offset)}, .bidirectional = true}, 3);
+                Case got;
+                const std::uint32_t seen = flags_after(checks, "no sequences", [&](std::uint32_t* flags) {
+                    return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {.method = method}, c, got);
+                });
+                checks.expect(seen == (offset < 0 || offset > L ? flag_bad_cu_seqlens : 0u), "no sequences",
+                              "the device flag must be set where the offset leaves the rows, and only there");
+                for (const auto& [name, tensor] : got.tensors)
+                    for (const double x : tensor.values)
+                        if (x != 0.0) checks.expect(false, name.c_str(), "must be zero without sequences");
+            }
 }
 
 /// du and the gradients of the parameters, wanted alone: a null view is not written, whatever strides it has.
