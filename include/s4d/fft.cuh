@@ -152,6 +152,8 @@ inline std::size_t workspace_size(const cuda_fft&, const Options&, const Shape& 
     return arena.required();
 }
 
+inline namespace INTERSTATE_KERNELS {
+
 /// y (B, L, H) and the final states xT; `saved` is not used. A launch or cuFFT error is a Status; cu_seqlens is
 /// checked on the device and reported in exec.base.flags.
 template <class T, class P>
@@ -187,5 +189,6 @@ Status backward(const cuda_fft& exec, const Options& options, const Inputs<T, P>
     return detail::spectra::FftRun(exec.base, options, in, transforms, ws, pass::backward).backward(upstream, grads);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace s4d
 }  // namespace interstate::inline INTERSTATE_ABI

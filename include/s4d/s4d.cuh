@@ -16,6 +16,7 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace s4d {
 
 namespace detail {
+inline namespace INTERSTATE_KERNELS {
 
 /// The method that a call will run. Chunks win wherever they can run, from one token on (docs/benchmarks/s4d.md).
 inline Method cuda_method(const Options& options, const Shape& shape) {
@@ -39,7 +40,10 @@ inline Status check_method(const Options& options, const Shape& shape) {
     return {};
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace detail
+
+inline namespace INTERSTATE_KERNELS {
 
 inline KernelChoice which_kernel(const cuda&, const Options& options, const Shape& shape) {
     if (!detail::check_method(options, shape).ok())
@@ -174,5 +178,6 @@ Status step(const cuda& exec, const Options&, const Discrete<P>& discrete, const
                   {dim3(static_cast<unsigned>(blocks)), dim3(detail::step_threads)}, discrete, state, token, out);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace s4d
 }  // namespace interstate::inline INTERSTATE_ABI

@@ -143,8 +143,6 @@ __global__ void __launch_bounds__(elementwise_threads)
     sums[at].A += m.gamma * X * G.slope + m.beta * E * U.slope + X * E * power_of(sloped(m.A), length_of(r)).slope;
 }
 
-}  // namespace INTERSTATE_KERNELS
-
 /// The shortest good length of a transform: even, at least 2 length, a product of powers of 2, 3, 5 and 7.
 inline Index good_transform_length(Index length) {
     const Index least = 2 * std::max<Index>(length, 1);
@@ -361,6 +359,8 @@ class FftRun {
     Arena arena_;
     FftLayout<A> w_;
 };
+
+}  // namespace INTERSTATE_KERNELS
 
 }  // namespace s4d::detail::spectra
 }  // namespace interstate::inline INTERSTATE_ABI
