@@ -30,26 +30,23 @@ class DeviceArray {
     DeviceArray& operator=(const DeviceArray&) = delete;
     ~DeviceArray() { cudaFree(data_); }
     T* data() const { return data_; }
-    std::vector<T> host() const {
-        std::vector<T> h(size_);
-        check(cudaMemcpy(h.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "copy out");
-        return h;
-    }
+    std::size_t size() const { return size_; }
 
   private:
     T* data_ = nullptr;
     std::size_t size_ = 0;
 };
 
-/// Median milliseconds of f() over `repeats` runs after a warm-up.
+/// Median milliseconds of f() after a warm-up: of 20 runs, or of as many, 5 at least, as fit into 300 ms.
 template <class F>
-double milliseconds(F&& f, int repeats = 20) {
+double milliseconds(F&& f) {
     cudaEvent_t begin, end;
     check(cudaEventCreate(&begin), "event");
     check(cudaEventCreate(&end), "event");
     for (int i = 0; i < 3; ++i) f();
     std::vector<float> times;
-    for (int i = 0; i < repeats; ++i) {
+    float total = 0.0f;
+    while (times.size() < 5 || (times.size() < 20 && total < 300.0f)) {
         check(cudaEventRecord(begin), "record");
         f();
         check(cudaEventRecord(end), "record");
@@ -57,6 +54,7 @@ double milliseconds(F&& f, int repeats = 20) {
         float ms = 0.0f;
         check(cudaEventElapsedTime(&ms, begin, end), "elapsed");
         times.push_back(ms);
+        total += ms;
     }
     check(cudaEventDestroy(begin), "event");
     check(cudaEventDestroy(end), "event");
