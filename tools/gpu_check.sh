@@ -8,7 +8,8 @@
 #                                    needs libcufft on its LD_LIBRARY_PATH)
 #   tools/gpu_check.sh [run [DIR]]   runs what DIR holds; needs a GPU, and PyTorch for the peers
 #
-# $OUT (default DIR/results) gets figures.jsonl, the JSON lines of the benchmarks and peers, and logs.tar.gz. Exit 0: all passed; 1: something failed; 77: no device.
+# $OUT (default DIR/results) gets figures.jsonl, the JSON lines of the benchmarks and peers, and logs.tar.gz.
+# Exit 0: all passed; 1: something failed; 77: no device.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -43,6 +44,7 @@ run() {
     local dir=$1/gpu tests benches
     out=$1/results
     mkdir -p "$out" "${OUT:-$out}"
+    rm -f "$out"/*.log  # of an earlier run
     if ! nvidia-smi >"$out/device.log" 2>&1; then
         echo "skipped: no device (nvidia-smi: $(head -n 1 "$out/device.log"))"
         exit 77
@@ -83,8 +85,9 @@ run() {
     else
         echo "peers skipped: python3 has no torch"
     fi
-    cat "$out"/*_bench.log "$out"/torch_gpu.log 2>/dev/null | grep '^{' >"${OUT:-$out}/figures.jsonl"
-    tar -czf "${OUT:-$out}/logs.tar.gz" -C "$out" --exclude '*.tar.gz' .
+    cat "$out"/*_bench.log "$out"/torch_gpu.log 2>/dev/null | grep '^{' >"${OUT:-$out}/figures.jsonl" ||
+        failures+=("no figures")
+    tar -czf "${OUT:-$out}/logs.tar.gz" -C "$out" --exclude '*.tar.gz' . || failures+=("no logs.tar.gz")
     if ((${#failures[@]})); then
         printf 'gpu_check: %d failed:\n' "${#failures[@]}"
         printf '  %s\n' "${failures[@]}"
@@ -96,5 +99,5 @@ run() {
 case ${1-run} in
     build) build "${2-build/gpu}" ;;
     run) run "${2-build/gpu}" ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

@@ -1,5 +1,8 @@
-// S4D on the GPU: milliseconds of forward and of forward and backward, bytes of memory, error against float64
-// on a slice of channels, and the floors, as JSON lines.
+// S4D on the GPU: milliseconds of forward and of forward and backward, bytes of memory, errors against float64
+// on a slice of channels, and the floors, as JSON lines. With cuFFT (INTERSTATE_BENCH_CUFFT) also of the method fft.
+//
+// Timed calls have no states. The errors are those of one more call that has them: every output and gradient,
+// relative in the 2-norm, and the largest of them.
 //
 // Floors: bytes, each input, output and gradient moved once at this run's copy speed; products, what the
 // chunked form needs at this run's tensor-core rate (docs/ops/s4d.md, "What it costs").
@@ -8,8 +11,12 @@
 #include <cstdlib>
 #include <cstring>
 
+#include <interstate/verify.cuh>
 #include <s4d/reference.hpp>
 #include <s4d/s4d.cuh>
+#if INTERSTATE_BENCH_CUFFT
+#include <s4d/fft.cuh>
+#endif
 
 #include "../support/cuda_bench.cuh"
 
@@ -17,13 +24,7 @@ namespace {
 
 using namespace interstate;
 using bench::DeviceArray;
-
-double random_unit(std::uint64_t& state) {
-    std::uint64_t z = (state += 0x9e3779b97f4a7c15u);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1.0p-53;
-}
+using s4d::Method;
 
 void check(const Status& s) {
     if (s.ok()) return;
@@ -35,160 +36,203 @@ struct Ceilings {
     double copy_gbps, mma_tflops;
 };
 
-struct Run {
+struct Sizes {
     Index B, L, H, N;
-    s4d::Method method = s4d::Method::automatic;
-    bool backward = true;
 };
 
-/// Parameters of the published initialisation and their gradients.
-struct Parameters {
-    std::vector<float> log_dt, log_neg_re, im, D;
-    std::vector<complex<float>> B, C;
-
-    Parameters(Index H, Index N, std::uint64_t& seed) {
-        for (Index h = 0; h < H; ++h) {
-            log_dt.push_back(static_cast<float>(std::log(1e-3) + random_unit(seed) * std::log(100.0)));
-            D.push_back(1.0f);
-            for (Index n = 0; n < N; ++n) {
-                log_neg_re.push_back(static_cast<float>(std::log(0.5)));
-                im.push_back(static_cast<float>(3.14159265358979 * static_cast<double>(n)));
-                B.push_back({1.0f, 0.0f});
-                C.push_back({static_cast<float>(random_unit(seed) - 0.5), static_cast<float>(random_unit(seed) - 0.5)});
-            }
-        }
-    }
-    s4d::Params<float> views(Index H, Index N) const {
-        return {view(log_dt.data(), {H}), view(log_neg_re.data(), {H, N}), view(im.data(), {H, N}),
-                view(B.data(), {H, N}),   view(C.data(), {H, N}),          view(D.data(), {H})};
-    }
-};
-struct DeviceParameters {
-    DeviceArray<float> log_dt, log_neg_re, im, D;
-    DeviceArray<complex<float>> B, C;
-    explicit DeviceParameters(const Parameters& p)
-        : log_dt(p.log_dt), log_neg_re(p.log_neg_re), im(p.im), D(p.D), B(p.B), C(p.C) {}
-    s4d::BasicParams<float, complex<float>> views(Index H, Index N) const {
-        return {view(log_dt.data(), {H}), view(log_neg_re.data(), {H, N}), view(im.data(), {H, N}),
-                view(B.data(), {H, N}),   view(C.data(), {H, N}),          view(D.data(), {H})};
-    }
-    s4d::Params<float> inputs(Index H, Index N) const {
-        const auto p = views(H, N);
-        return {p.log_dt, p.log_neg_re, p.im, p.B, p.C, p.D};
-    }
-};
-
-/// Relative error in the 2-norm.
-class Error {
-  public:
-    void add(double got, double want) {
-        difference_ += (got - want) * (got - want);
-        norm_ += want * want;
-    }
-    double value() const { return std::sqrt(difference_ / norm_); }
-
-  private:
-    double difference_ = 0.0, norm_ = 0.0;
-};
-
-/// Runs the float64 reference on the first channels and compares y, du and the parameters' gradients.
-template <class T>
-void compare(const Run& r, const Parameters& p, const std::vector<T>& u, const std::vector<T>& dy,
-             const std::vector<T>& y, const std::vector<T>* du, const DeviceParameters* grads, double (&error)[3]) {
-    const Index few = r.H < 2 ? r.H : 2, B = du ? r.B : 1;
-    const std::size_t size = static_cast<std::size_t>(B * r.L * few);
-    std::vector<double> wide(size), wide_dy(size), want(size), want_du(size);
-    for (Index t = 0; t < B * r.L; ++t)
-        for (Index h = 0; h < few; ++h) {
-            wide[static_cast<std::size_t>(t * few + h)] = u[static_cast<std::size_t>(t * r.H + h)];
-            wide_dy[static_cast<std::size_t>(t * few + h)] = dy[static_cast<std::size_t>(t * r.H + h)];
-        }
-    auto params = p.views(few, r.N);
-    const s4d::Inputs<double, float> in{.u = view(static_cast<const double*>(wide.data()), {B, r.L, few}), .params = params};
-    std::vector<char> scratch(workspace_size(reference{}, s4d::Options{}, shape_of(in), pass::backward));
-    const Workspace ws{scratch.data(), scratch.size()};
-    const s4d::Outputs<double> out{.y = view(want.data(), {B, r.L, few})};
-    check(forward(reference{}, s4d::Options{}, in, out, Saved{}, ws));
-    Error e_y, e_du, e_p;
-    for (Index t = 0; t < B * r.L; ++t)
-        for (Index h = 0; h < few; ++h)
-            e_y.add(static_cast<double>(y[static_cast<std::size_t>(t * r.H + h)]),
-                    want[static_cast<std::size_t>(t * few + h)]);
-    error[0] = e_y.value();
-    if (!du) return;
-    Parameters g = p;
-    const s4d::Grads<double, float> to{.u = view(want_du.data(), {B, r.L, few}),
-                                       .params = {view(g.log_dt.data(), {few}), view(g.log_neg_re.data(), {few, r.N}),
-                                                  view(g.im.data(), {few, r.N}), view(g.B.data(), {few, r.N}),
-                                                  view(g.C.data(), {few, r.N}), view(g.D.data(), {few})}};
-    check(backward(reference{}, s4d::Options{}, in, out, Saved{}, {.y = view(static_cast<const double*>(wide_dy.data()), {B, r.L, few})},
-                   to, ws));
-    for (Index t = 0; t < B * r.L; ++t)
-        for (Index h = 0; h < few; ++h)
-            e_du.add(static_cast<double>((*du)[static_cast<std::size_t>(t * r.H + h)]),
-                     want_du[static_cast<std::size_t>(t * few + h)]);
-    const auto im = grads->im.host();
-    const auto C = grads->C.host();
-    for (Index i = 0; i < few * r.N; ++i) {
-        const auto at = static_cast<std::size_t>(i);
-        e_p.add(im[at], g.im[at]);
-        e_p.add(C[at].re, g.C[at].re);
-        e_p.add(C[at].im, g.C[at].im);
-    }
-    error[1] = e_du.value();
-    error[2] = e_p.value();
+/// The i-th number in [0, 1) of a sequence.
+INTERSTATE_HD double random_unit(std::uint64_t i) {
+    std::uint64_t z = i * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1.0p-53;
 }
 
 template <class T>
-void run(const Run& r, const Ceilings& ceilings) {
-    std::uint64_t seed = 1;
-    const auto [B, L, H, N, method, backward_too] = r;
-    const Parameters p(H, N, seed);
-    std::vector<T> u(static_cast<std::size_t>(B * L * H)), dy(u.size());
-    for (T& x : u) x = T(random_unit(seed) - 0.5);
-    for (T& x : dy) x = T(random_unit(seed) - 0.5);
-    const DeviceParameters params(p), grads(p);
-    const DeviceArray<T> d_u(u), d_y(u.size()), d_dy(dy), d_du(u.size());
-    const s4d::Inputs<T, float> in{.u = view(static_cast<const T*>(d_u.data()), {B, L, H}), .params = params.inputs(H, N)};
-    const s4d::Outputs<T> out{.y = view(d_y.data(), {B, L, H})};
-    const s4d::Upstream<T> upstream{.y = view(static_cast<const T*>(d_dy.data()), {B, L, H})};
-    const s4d::Grads<T, float> to{.u = view(d_du.data(), {B, L, H}), .params = grads.views(H, N)};
-    const interstate::cuda exec;
+__global__ void fill_kernel(T* x, Index count, std::uint64_t first) {
+    const Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < count) x[i] = T(random_unit(first + static_cast<std::uint64_t>(i)) - 0.5);
+}
+
+/// Device memory of numbers in [-1/2, 1/2); no two arrays the same.
+template <class T>
+class RandomArray : public DeviceArray<T> {
+  public:
+    RandomArray(Index count, int array) : DeviceArray<T>(static_cast<std::size_t>(count)) {
+        fill_kernel<<<static_cast<unsigned>(ceil_div(count, 256)), 256>>>(this->data(), count,
+                                                                          static_cast<std::uint64_t>(array) << 40);
+        bench::check(cudaGetLastError(), "fill_kernel");
+    }
+};
+
+/// Parameters of the published initialisation, in device memory, and room for their gradients.
+struct Parameters {
+    DeviceArray<float> log_dt, log_neg_re, im, D;
+    DeviceArray<complex<float>> B, C;
+
+    static std::vector<float> filled(Index count, auto&& f) {
+        std::vector<float> x;
+        for (Index i = 0; i < count; ++i) x.push_back(static_cast<float>(f(i)));
+        return x;
+    }
+    static std::vector<complex<float>> pairs(Index count, auto&& f) {
+        std::vector<complex<float>> x;
+        for (Index i = 0; i < count; ++i) x.push_back({static_cast<float>(f(2 * i)), static_cast<float>(f(2 * i + 1))});
+        return x;
+    }
+    Parameters(Index H, Index N)
+        : log_dt(filled(H, [](Index h) {
+              return std::log(1e-3) + random_unit(static_cast<std::uint64_t>(h) + 1) * std::log(100.0);
+          })),
+          log_neg_re(filled(H * N, [](Index) { return std::log(0.5); })),
+          im(filled(H * N, [&](Index i) { return 3.14159265358979 * static_cast<double>(i % N); })),
+          D(filled(H, [](Index) { return 1.0; })),
+          B(pairs(H * N, [](Index i) { return i % 2 == 0 ? 1.0 : 0.0; })),
+          C(pairs(H * N, [&](Index i) { return random_unit(static_cast<std::uint64_t>(H + i) + 1) - 0.5; })) {}
+
+    /// Of the first h channels.
+    s4d::BasicParams<float, complex<float>> views(Index h, Index N) const {
+        return {view(log_dt.data(), {h}), view(log_neg_re.data(), {h, N}), view(im.data(), {h, N}),
+                view(B.data(), {h, N}),   view(C.data(), {h, N}),          view(D.data(), {h})};
+    }
+};
+
+/// The tensors of a layer, and views of them or of their first h channels.
+template <class T>
+struct Layer {
+    using State = complex<acc_t<T>>;
+    using Real = acc_t<T>;
+    Sizes size;
+    Parameters params, grads;
+    RandomArray<T> u, dy;
+    DeviceArray<T> y, du;
+    RandomArray<Real> x0, dxT;  // pairs
+    DeviceArray<State> xT, dx0;
+
+    explicit Layer(const Sizes& s)
+        : size(s), params(s.H, s.N), grads(s.H, s.N), u(tokens(), 1), dy(tokens(), 2), y(u.size()), du(u.size()),
+          x0(2 * states(), 3), dxT(2 * states(), 4), xT(static_cast<std::size_t>(states())), dx0(xT.size()) {}
+
+    Index tokens() const { return size.B * size.L * size.H; }
+    Index states() const { return size.B * size.H * size.N; }
+
+    s4d::Inputs<T, float> inputs(Index h) const {
+        const auto p = params.views(h, size.N);
+        return {.u = rows<const T>(u.data(), h), .params = {p.log_dt, p.log_neg_re, p.im, p.B, p.C, p.D},
+                .x0 = modes<const State>(reinterpret_cast<const State*>(x0.data()), h)};
+    }
+    s4d::Upstream<T> upstream(Index h) const {
+        return {.y = rows<const T>(dy.data(), h), .xT = modes<const State>(reinterpret_cast<const State*>(dxT.data()), h)};
+    }
+    s4d::Outputs<T> outputs(Index h) const { return {.y = rows<T>(y.data(), h), .xT = modes<State>(xT.data(), h)}; }
+    s4d::Grads<T, float> gradients(Index h) const {
+        return {.u = rows<T>(du.data(), h), .params = grads.views(h, size.N), .x0 = modes<State>(dx0.data(), h)};
+    }
+
+  private:
+    template <class E>
+    View<E, 3> rows(E* data, Index h) const {
+        return view(data, {size.B, size.L, h}, {size.L * size.H, size.H, Index{1}});
+    }
+    template <class E>
+    View<E, 3> modes(E* data, Index h) const {
+        return view(data, {size.B, h, size.N}, {size.H * size.N, size.N, Index{1}});
+    }
+};
+
+/// Times one method on a layer and prints its line. `truth` is the layer's first channels in float64; `plans` are
+/// bytes of memory beside workspace and saved.
+template <class T, class Exec>
+void measure(const Layer<T>& layer, const Exec& exec, Method method, const Case& truth, std::size_t plans,
+             const Ceilings& ceilings) {
+    const auto [B, L, H, N] = layer.size;
     const s4d::Options options{.method = method};
+    auto in = layer.inputs(H);
+    auto out = layer.outputs(H);
+    auto upstream = layer.upstream(H);
+    auto grads = layer.gradients(H);
     const s4d::Shape shape = shape_of(in);
-    const std::size_t forward_bytes = workspace_size(exec, options, shape, pass::forward);
-    const std::size_t backward_bytes = backward_too ? workspace_size(exec, options, shape, pass::backward) : 0;
-    const std::size_t saved_bytes = backward_too ? saved_size(exec, options, shape) : 0;
-    const DeviceArray<char> memory(std::max(forward_bytes, backward_bytes)), kept(saved_bytes);
-    const Workspace ws{memory.data(), std::max(forward_bytes, backward_bytes)};
-    const Saved saved{kept.data(), saved_bytes};
+    const DeviceArray<char> memory(std::max(workspace_size(exec, options, shape, pass::forward),
+                                            workspace_size(exec, options, shape, pass::backward)));
+    const DeviceArray<char> kept(saved_size(exec, options, shape));
+    const Workspace ws{memory.data(), memory.size()};
+    const Saved saved{kept.data(), kept.size()};
+    const auto both = [&] {
+        check(forward(exec, options, in, out, saved, ws));
+        check(backward(exec, options, in, out, saved, upstream, grads, ws));
+    };
 
+    both();
+    const interstate::cuda where;
+    Case got;
+    const Index few = truth.tensors.at("out.y").extent[2];
+    auto few_out = layer.outputs(few);
+    auto few_grads = layer.gradients(few);
+    interstate::detail::Collect<interstate::cuda> outputs{where, "out.", got, {}}, gradients{where, "grad.", got, {}};
+    visit(few_out, shape, outputs);
+    visit(few_grads, shape, gradients);
+    check(outputs.status);
+    check(gradients.status);
+    const std::vector<TensorError> errors = compare(got, truth);
+    const TensorError* worst = &errors.front();
+    for (const TensorError& e : errors) {
+        if (!e.finite) check(Status::error(StatusCode::device_error, "%s is not finite", e.name.c_str()));
+        if (e.relative > worst->relative) worst = &e;
+    }
+
+    in.x0 = {};
+    out.xT = {};
+    upstream.xT = {};
+    grads.x0 = {};
     const double forward_ms = bench::milliseconds([&] { check(forward(exec, options, in, out, Saved{}, ws)); });
-    double both_ms = 0.0, error[3] = {};
-    if (backward_too)
-        both_ms = bench::milliseconds([&] {
-            check(forward(exec, options, in, out, saved, ws));
-            check(backward(exec, options, in, out, saved, upstream, to, ws));
-        });
-    const std::vector<T> y = d_y.host(), du = d_du.host();
-    compare<T>(r, p, u, dy, y, backward_too ? &du : nullptr, &grads, error);
+    const double both_ms = bench::milliseconds(both);
 
-    const double tensor = static_cast<double>(u.size()) * sizeof(T), tokens = static_cast<double>(u.size());
-    const double products = sizeof(T) == 2 ? 1.0 : 3.0, n = static_cast<double>(N);
+    const double tokens = static_cast<double>(layer.tokens()), tensor = tokens * sizeof(T), n = static_cast<double>(N);
+    const double products = sizeof(T) == 2 ? 1.0 : 3.0;
     const auto bytes_ms = [&](double tensors) { return tensors * tensor / ceilings.copy_gbps * 1e-6; };
     const auto product_ms = [&](double macs) { return 2.0 * macs * tokens * products / ceilings.mma_tflops * 1e-9; };
     std::printf("{\"op\":\"s4d\",\"kernel\":\"%s\",\"dtype\":\"%s\",\"B\":%lld,\"L\":%lld,\"H\":%lld,\"N\":%lld,"
-                "\"forward_ms\":%.4f,\"error_y\":%.2e,\"floor_bytes_ms\":%.4f,\"floor_products_ms\":%.4f",
+                "\"forward_ms\":%.4f,\"both_ms\":%.4f,\"floor_bytes_ms\":%.4f,\"floor_products_ms\":%.4f,"
+                "\"both_floor_bytes_ms\":%.4f,\"both_floor_products_ms\":%.4f,\"memory_ratio\":%.3f,"
+                "\"error\":%.2e,\"error_of\":\"%s\",\"errors\":{",
                 which_kernel(exec, options, shape).name, to_string(dtype_of<T>), static_cast<long long>(B),
-                static_cast<long long>(L), static_cast<long long>(H), static_cast<long long>(N), forward_ms, error[0],
-                bytes_ms(2), product_ms(4 * n + 8));
-    if (backward_too)
-        std::printf(",\"both_ms\":%.4f,\"error_du\":%.2e,\"error_params\":%.2e,\"both_floor_bytes_ms\":%.4f,"
-                    "\"both_floor_products_ms\":%.4f,\"memory_ratio\":%.3f",
-                    both_ms, error[1], error[2], bytes_ms(5), product_ms(12 * n + 24),
-                    (4.0 * tensor + static_cast<double>(ws.size + saved_bytes)) / (4.0 * tensor));
-    std::printf("}\n");
+                static_cast<long long>(L), static_cast<long long>(H), static_cast<long long>(N), forward_ms, both_ms,
+                bytes_ms(2), product_ms(4 * n + 8), bytes_ms(5), product_ms(12 * n + 24),
+                1.0 + static_cast<double>(ws.size + saved.size + plans) / (4.0 * tensor), worst->relative,
+                worst->name.c_str());
+    for (const TensorError& e : errors)
+        std::printf("%s\"%s\":%.2e", &e == &errors.front() ? "" : ",", e.name.c_str(), e.relative);
+    std::printf("}}\n");
     std::fflush(stdout);
+}
+
+#if INTERSTATE_BENCH_CUFFT
+template <class T>
+void measure_fft(const Layer<T>& layer, const Case& truth, const Ceilings& ceilings) {
+    s4d::cuda_fft exec;
+    check(make_fft_plans(shape_of(layer.inputs(layer.size.H)), exec));
+    std::size_t first = 0, second = 0;
+    check(s4d::detail::spectra::cufft_status(cufftGetSize(exec.to_spectrum, &first), "cufftGetSize"));
+    check(s4d::detail::spectra::cufft_status(cufftGetSize(exec.to_rows, &second), "cufftGetSize"));
+    measure(layer, exec, Method::fft, truth, first + second, ceilings);
+    check(destroy_fft_plans(exec));
+}
+#endif
+
+template <class T>
+void run(const Sizes& size, std::initializer_list<Method> methods, const Ceilings& ceilings) {
+    const Layer<T> layer(size);
+    const Index few = std::min<Index>(size.H, 2);
+    const auto upstream = layer.upstream(few);
+    Case slice, truth;
+    check(collect_case(interstate::cuda{}, layer.inputs(few), &upstream, slice));
+    check(run_case<s4d::Operator, double, double>(reference{}, {}, slice, truth));
+    for (const Method method : methods) {
+        if (method != Method::fft) measure(layer, interstate::cuda{}, method, truth, 0, ceilings);
+#if INTERSTATE_BENCH_CUFFT
+        if (method == Method::fft) measure_fft(layer, truth, ceilings);
+#endif
+    }
 }
 
 }  // namespace
@@ -202,22 +246,25 @@ int main(int argc, char** argv) {
     }
     cudaDeviceProp device;
     bench::check(cudaGetDeviceProperties(&device, 0), "device");
-    const Ceilings c{bench::copy_gbps(), bench::mma_tf32_tflops()};
+    const Ceilings c{bench::copy_gbps(), bench::peak_tflops<bench::Tf32Mma>()};
     std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f,\"mma_tf32_TFLOPs\":%.1f}\n", device.name,
-                c.copy_gbps, bench::fma_tflops(), c.mma_tflops);
-    run<f32>({8, 16384, 512, 32}, c);
-    run<bf16>({8, 16384, 512, 32}, c);
-    run<f16>({8, 16384, 512, 32}, c);
-    run<f32>({1, 65536, 1024, 32}, c);
-    run<bf16>({1, 65536, 1024, 32}, c);
-    run<f32>({8, 16384, 512, 32, s4d::Method::scan}, c);
+                c.copy_gbps, bench::peak_tflops<bench::FloatFma>(), c.mma_tflops);
+    run<f32>({8, 16384, 512, 32}, {Method::chunked, Method::scan, Method::fft}, c);
+    run<bf16>({8, 16384, 512, 32}, {Method::chunked}, c);
+    run<f16>({8, 16384, 512, 32}, {Method::chunked}, c);
+    run<f32>({1, 65536, 1024, 32}, {Method::chunked, Method::fft}, c);
+    run<bf16>({1, 65536, 1024, 32}, {Method::chunked}, c);
     if (argc > 1 && std::strcmp(argv[1], "brief") == 0) return 0;
-    for (const Index L : {256, 1024, 4096, 65536}) run<f32>({8, L, 512, 32}, c);
-    for (const Index N : {4, 8, 16, 64, 96}) run<f32>({8, 16384, 512, N}, c);
-    for (const s4d::Method method : {s4d::Method::chunked, s4d::Method::scan}) {
-        run<f64>({8, 4096, 512, 32, method}, c);
-        for (const Index L : {1, 16, 64}) run<f32>({8, L, 512, 32, method}, c);
+    // Where one method overtakes another.
+    for (const Index L : {64, 256, 1024, 4096}) {
+        for (const Index N : {4, 16, 32, 64})
+            run<f32>({8, L, 512, N}, {Method::chunked, Method::scan, Method::fft}, c);
+        run<f32>({8, L, 512, 96}, {Method::scan, Method::fft}, c);
     }
-    for (const Index B : {1, 2, 4}) run<f32>({B, 16384, 256, 32}, c);
+    for (const Index L : {1, 16}) run<f32>({8, L, 512, 32}, {Method::chunked, Method::scan}, c);
+    run<f32>({8, 65536, 512, 32}, {Method::chunked, Method::fft}, c);
+    for (const Index N : {4, 8, 16, 64, 96}) run<f32>({8, 16384, 512, N}, {Method::automatic, Method::fft}, c);
+    run<f64>({8, 4096, 512, 32}, {Method::chunked, Method::scan, Method::fft}, c);
+    for (const Index B : {1, 2, 4}) run<f32>({B, 16384, 256, 32}, {Method::chunked}, c);
     return 0;
 }

@@ -1,4 +1,5 @@
-"""Draws docs/benchmarks/s4d_{length,modes}.svg from the JSON lines of a run of tools/gpu_check.sh.
+"""Draws docs/benchmarks/s4d_{length,modes}.svg from the figures.jsonl of a run of tools/gpu_check.sh, as it is: lines of
+our benchmarks and of the peers, those of other operators and of the machine among them.
 
 usage: plot.py figures.jsonl docs/benchmarks      (needs matplotlib)
 """
@@ -9,6 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+plt.rcParams["svg.hashsalt"] = "s4d"  # the same file from the same figures
 
 
 def read(path):
@@ -29,7 +32,7 @@ def draw(ours, peers, axis, fixed, x_label, path):
         (panels[0], "forward_ms", "floor_bytes_ms", "s4d_fwd", "forward"),
         (panels[1], "both_ms", "both_floor_bytes_ms", "s4d_fwdbwd", "forward + backward"),
     ):
-        for kernel, style in (("s4d.cuda.chunked", "o-"), ("s4d.cuda.scan", "s--")):
+        for kernel, style in (("s4d.cuda.chunked", "o-"), ("s4d.cuda.scan", "s--"), ("s4d.cuda.fft", "d-.")):
             points = sorted((r[axis], r[ours_key], r[floor_key]) for r in ours
                             if r["kernel"] == kernel and all(r[k] == v for k, v in fixed.items()))
             if points:
@@ -44,7 +47,7 @@ def draw(ours, peers, axis, fixed, x_label, path):
         panel.set_xscale("log", base=2)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("milliseconds")
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, metadata={"Date": None})
 

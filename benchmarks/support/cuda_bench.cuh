@@ -30,26 +30,23 @@ class DeviceArray {
     DeviceArray& operator=(const DeviceArray&) = delete;
     ~DeviceArray() { cudaFree(data_); }
     T* data() const { return data_; }
-    std::vector<T> host() const {
-        std::vector<T> h(size_);
-        check(cudaMemcpy(h.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "copy out");
-        return h;
-    }
+    std::size_t size() const { return size_; }
 
   private:
     T* data_ = nullptr;
     std::size_t size_ = 0;
 };
 
-/// Median milliseconds of f() over `repeats` runs after a warm-up.
+/// Median milliseconds of f() after a warm-up: of 20 runs, or of as many, 5 at least, as fit into 300 ms.
 template <class F>
-double milliseconds(F&& f, int repeats = 20) {
+double milliseconds(F&& f) {
     cudaEvent_t begin, end;
     check(cudaEventCreate(&begin), "event");
     check(cudaEventCreate(&end), "event");
     for (int i = 0; i < 3; ++i) f();
     std::vector<float> times;
-    for (int i = 0; i < repeats; ++i) {
+    float total = 0.0f;
+    while (times.size() < 5 || (times.size() < 20 && total < 300.0f)) {
         check(cudaEventRecord(begin), "record");
         f();
         check(cudaEventRecord(end), "record");
@@ -57,6 +54,7 @@ double milliseconds(F&& f, int repeats = 20) {
         float ms = 0.0f;
         check(cudaEventElapsedTime(&ms, begin, end), "elapsed");
         times.push_back(ms);
+        total += ms;
     }
     check(cudaEventDestroy(begin), "event");
     check(cudaEventDestroy(end), "event");
@@ -74,61 +72,58 @@ inline double copy_gbps() {
     return 2.0 * static_cast<double>(bytes) / ms * 1e-6;
 }
 
-template <int unrolled>
-__global__ void fma_peak_kernel(float* out, int iterations) {
-    float x[unrolled];
-    const float y = static_cast<float>(threadIdx.x) * 1e-9f;
-#pragma unroll
-    for (int j = 0; j < unrolled; ++j) x[j] = static_cast<float>(j);
-    for (int i = 0; i < iterations; ++i)
-#pragma unroll
-        for (int j = 0; j < unrolled; ++j) x[j] = fmaf(x[j], y, 1.0f);
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < unrolled; ++j) sum += x[j];
-    if (sum == 12345.0f) *out = sum;  // keeps the work from being dropped
-}
-
-/// TFLOP/s of float32 FMAs outside the tensor cores: this run's arithmetic ceiling.
-inline double fma_tflops() {
-    cudaDeviceProp device;
-    check(cudaGetDeviceProperties(&device, 0), "device");
-    constexpr int unrolled = 8, iterations = 4096, threads = 512;
-    const int blocks = device.multiProcessorCount * 4;
-    DeviceArray<float> out(1);
-    const double ms = milliseconds([&] { fma_peak_kernel<unrolled><<<blocks, threads>>>(out.data(), iterations); });
-    check(cudaGetLastError(), "fma_peak_kernel");
-    return 2.0 * blocks * threads * static_cast<double>(iterations) * unrolled / ms * 1e-9;
-}
-
-template <int chains>
-__global__ void mma_peak_kernel(float* out, int iterations) {
+/// The peak kernel's operations: operands in registers, and what adds to one of several independent sums.
+struct FloatFma {
+    using Sum = float;
+    static constexpr double flops = 2.0;  // of a thread
+    float y = static_cast<float>(threadIdx.x) * 1e-9f;
+    __device__ void add_to(float& x) const { x = fmaf(x, y, 1.0f); }
+    __device__ static float value(float x) { return x; }
+};
+struct Tf32Mma {
+    struct Sum {
+        float c[4];
+    };
+    static constexpr double flops = 2.0 * 16 * 8 * 8 / 32;
     device::Factors<float, device::Precision::cut, 2> a;
     device::Factors<float, device::Precision::cut, 1> b;
-    const auto x = static_cast<float>(threadIdx.x);
-    a.set(0, 0, x, x + 1.0f);
-    a.set(1, 0, x + 2.0f, x + 3.0f);
-    b.set(0, 0, x, x - 1.0f);
-    float c[chains][4] = {};
+    __device__ Tf32Mma() {
+        const auto x = static_cast<float>(threadIdx.x);
+        a.set(0, 0, x, x + 1.0f);
+        a.set(1, 0, x + 2.0f, x + 3.0f);
+        b.set(0, 0, x, x - 1.0f);
+    }
+    __device__ void add_to(Sum& sum) const { device::multiply_add(sum.c, a, b); }
+    __device__ static float value(const Sum& sum) { return sum.c[0] + sum.c[1] + sum.c[2] + sum.c[3]; }
+};
+
+template <class Operation, int chains>
+__global__ void peak_kernel(float* out, int iterations) {
+    const Operation operation;
+    typename Operation::Sum sums[chains];
+#pragma unroll
+    for (int j = 0; j < chains; ++j) sums[j] = {static_cast<float>(j)};  // no two the same, which could be merged
     for (int i = 0; i < iterations; ++i)
 #pragma unroll
-        for (int j = 0; j < chains; ++j) device::multiply_add(c[j], a, b);
-    float sum = 0.0f;
+        for (int j = 0; j < chains; ++j) operation.add_to(sums[j]);
+    float total = 0.0f;
 #pragma unroll
-    for (int j = 0; j < chains; ++j) sum += c[j][0] + c[j][1] + c[j][2] + c[j][3];
-    if (sum == 12345.0f) *out = sum;  // keeps the work from being dropped
+    for (int j = 0; j < chains; ++j) total += Operation::value(sums[j]);
+    if (total == 12345.0f) *out = total;  // keeps the work from being dropped
 }
 
-/// TFLOP/s of mma.sync m16n8k8 in tf32 from registers: this run's tensor-core ceiling for float.
-inline double mma_tf32_tflops() {
+/// TFLOP/s of an operation on registers alone: with FloatFma this run's arithmetic ceiling outside the tensor cores,
+/// with Tf32Mma (mma.sync m16n8k8) its tensor-core ceiling for float.
+template <class Operation>
+double peak_tflops() {
     cudaDeviceProp device;
     check(cudaGetDeviceProperties(&device, 0), "device");
     constexpr int chains = 8, iterations = 4096, threads = 512;
     const int blocks = device.multiProcessorCount * 2;
     DeviceArray<float> out(1);
-    const double ms = milliseconds([&] { mma_peak_kernel<chains><<<blocks, threads>>>(out.data(), iterations); });
-    check(cudaGetLastError(), "mma_peak_kernel");
-    return 2048.0 * blocks * (threads / 32) * static_cast<double>(iterations) * chains / ms * 1e-9;
+    const double ms = milliseconds([&] { peak_kernel<Operation, chains><<<blocks, threads>>>(out.data(), iterations); });
+    check(cudaGetLastError(), "peak_kernel");
+    return Operation::flops * blocks * threads * static_cast<double>(iterations) * chains / ms * 1e-9;
 }
 
 }  // namespace interstate::bench

@@ -152,6 +152,8 @@ inline std::size_t workspace_size(const cuda_fft&, const Options&, const Shape& 
     return arena.required();
 }
 
+inline namespace INTERSTATE_KERNELS {
+
 /// y (B, L, H) and the final states xT; `saved` is not used. A launch or cuFFT error is a Status; cu_seqlens is
 /// checked on the device and reported in exec.base.flags.
 template <class T, class P>
@@ -160,9 +162,11 @@ Status forward(const cuda_fft& exec, const Options& options, const Inputs<T, P>&
     INTERSTATE_RETURN_IF_ERROR(validate(in, out));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_fft_method(options));
+    INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_grids(shape));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
+    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec.base, in.cu_seqlens, shape.length));
     const detail::spectra::CufftTransforms transforms{exec};
     if (detail::spectra::transforms_anything(shape)) INTERSTATE_RETURN_IF_ERROR(transforms.start());
     return detail::spectra::FftRun(exec.base, options, in, transforms, ws, pass::forward).forward(out);
@@ -175,13 +179,16 @@ Status backward(const cuda_fft& exec, const Options& options, const Inputs<T, P>
     INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, grads));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_fft_method(options));
+    INTERSTATE_RETURN_IF_ERROR(detail::spectra::check_grids(shape));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
+    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec.base, in.cu_seqlens, shape.length));
     const detail::spectra::CufftTransforms transforms{exec};
     if (detail::spectra::transforms_anything(shape)) INTERSTATE_RETURN_IF_ERROR(transforms.start());
     return detail::spectra::FftRun(exec.base, options, in, transforms, ws, pass::backward).backward(upstream, grads);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace s4d
 }  // namespace interstate::inline INTERSTATE_ABI

@@ -16,6 +16,7 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace s4d {
 
 namespace detail {
+inline namespace INTERSTATE_KERNELS {
 
 /// The method that a call will run. Chunks win wherever they can run, from one token on (docs/benchmarks/s4d.md).
 inline Method cuda_method(const Options& options, const Shape& shape) {
@@ -39,7 +40,10 @@ inline Status check_method(const Options& options, const Shape& shape) {
     return {};
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace detail
+
+inline namespace INTERSTATE_KERNELS {
 
 inline KernelChoice which_kernel(const cuda&, const Options& options, const Shape& shape) {
     if (!detail::check_method(options, shape).ok())
@@ -91,6 +95,7 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
+    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
     return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
         return detail::run_forward<T, Method>(exec, options, in, out, saved, ws);
     });
@@ -108,6 +113,7 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
+    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
     return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
         return detail::run_backward<T, Method>(exec, options, in, saved, upstream, grads, ws);
     });
@@ -172,5 +178,6 @@ Status step(const cuda& exec, const Options&, const Discrete<P>& discrete, const
                   {dim3(static_cast<unsigned>(blocks)), dim3(detail::step_threads)}, discrete, state, token, out);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace s4d
 }  // namespace interstate::inline INTERSTATE_ABI

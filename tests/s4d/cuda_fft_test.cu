@@ -169,18 +169,14 @@ void packed(Checks& checks, bool bidirectional) {
 }
 
 void bad_offsets(Checks& checks) {
-    for (const auto& bad : {std::vector<double>{0, 50, 20, 60}, std::vector<double>{-5, 10, 20, 1000}}) {
-        Case wrong = make({.length = 60, .channels = 3, .modes = 2, .cu_seqlens = bad}, 4);
-        std::uint32_t* flags = nullptr;
-        std::uint32_t seen = 0;
-        checks.expect(cudaMalloc(&flags, sizeof *flags) == cudaSuccess, "flags", "cudaMalloc");
-        checks.expect(cudaMemset(flags, 0, sizeof *flags) == cudaSuccess, "flags", "cudaMemset");
-        Case results;
-        const Status status = run_fft<float, float>({}, wrong, results, {}, flags);
-        checks.expect(status.ok(), "fft bad cu_seqlens", status.message());
-        checks.expect(cudaMemcpy(&seen, flags, sizeof seen, cudaMemcpyDeviceToHost) == cudaSuccess, "flags", "copy");
+    const std::vector<double> bad_offsets[] = {{0, 50, 20, 60}, {-5, 10, 20, 1000}, {61}};
+    for (const auto& bad : bad_offsets) {
+        const Case wrong = make({.length = 60, .channels = 3, .modes = 2, .cu_seqlens = bad}, 4);
+        const std::uint32_t seen = flags_after(checks, "fft bad cu_seqlens", [&](std::uint32_t* flags) {
+            Case results;
+            return run_fft<float, float>({}, wrong, results, {}, flags);
+        });
         checks.expect(seen == flag_bad_cu_seqlens, "fft bad cu_seqlens", "the device flag must be set");
-        cudaFree(flags);
     }
 }
 
@@ -250,6 +246,24 @@ void host_errors(Checks& checks) {
     checks.expect(s.code() == StatusCode::device_error, "without plans", "must be a device error");
 }
 
+/// More channels than a grid has room for: refused on sight of the sizes, before plans, memory or output are touched.
+void too_many_channels(Checks& checks) {
+    const Index H = 65535 * 32 + 1;
+    float number = 0.0f;
+    complex<float> pair{};
+    s4d::Inputs<float> wide{.u = view(&std::as_const(number), {Index{1}, Index{1}, H})};
+    wide.params = {.log_dt = view(&std::as_const(number), {H}), .log_neg_re = view(&std::as_const(number), {H, Index{1}}),
+                   .im = view(&std::as_const(number), {H, Index{1}}), .B = view(&std::as_const(pair), {H, Index{1}}),
+                   .C = view(&std::as_const(pair), {H, Index{1}})};
+    const s4d::Grads<float> grads{.u = view(&number, {Index{1}, Index{1}, H})};
+    const s4d::cuda_fft exec;
+    for (const Status& refused :
+         {forward(exec, s4d::Options{}, wide, s4d::Outputs<float>{.y = grads.u}, Saved{}, Workspace{}),
+          backward(exec, s4d::Options{}, wide, s4d::Outputs<float>{}, Saved{}, s4d::Upstream<float>{.y = wide.u}, grads,
+                   Workspace{})})
+        checks.expect(refused.code() == StatusCode::invalid_argument, "2,097,121 channels", refused.message());
+}
+
 void run(Checks& checks, bool quick) {
     using s4d::Discretization;
     transform_lengths(checks);
@@ -257,6 +271,7 @@ void run(Checks& checks, bool quick) {
     every_dtype(checks, make({.batch = 2, .length = 257, .channels = 3, .modes = 5}, 1));
     packed(checks, false);
     host_errors(checks);
+    too_many_channels(checks);
     if (quick) return;
     for (const Discretization disc : {Discretization::zoh, Discretization::bilinear})
         for (const Index L : {0, 1, 2, 15, 16, 17, 255, 256, 257, 4095, 4096, 4097, 9001})

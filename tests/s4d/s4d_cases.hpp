@@ -39,11 +39,18 @@ inline Case make(const S4dCase& o, std::uint64_t seed) {
     return c;
 }
 
-/// Empty where every tensor of `got` is as close to the float64 truth (on inputs rounded alike) as its
-/// dtype promises: f64 1e-12, f32 1e-5, 16-bit storage the cost of rounding the output and 1e-5. With
-/// no matrix products in the plain formula, that is the 16-bit rule; `factors` is what rounding the factors of
-/// matrix products may add, where a kernel has them. It is relative to what is added up: for the gradient of
-/// log_dt, to the terms of dt A and Bbar, which may cancel.
+/// How far a tensor may be from its float64 truth on inputs rounded alike: f64 1e-12, f32 1e-5, 16-bit storage 1e-5
+/// and, where the tensor itself is `stored` in 16 bits, the cost of rounding it. That is the 16-bit rule, the plain
+/// formula having no matrix products.
+template <class T>
+double tolerance(const HostTensor& want, bool stored) {
+    return (std::is_same_v<T, double> ? 1e-12 : 1e-5) +
+           (sizeof(T) == 2 && stored ? 1.02 * rounding_floor<T>(want) : 0.0);
+}
+
+/// Empty where every tensor of `got` is as close to the float64 truth as its dtype promises. `factors` is what
+/// rounding the factors of matrix products may add, where a kernel has them. It is relative to what is added up:
+/// for the gradient of log_dt, to the terms of dt A and Bbar, which may cancel.
 template <class T>
 std::string beyond_tolerance(const Case& inputs, const Case& got, const Case& want, double factors = 0.0) {
     std::string text;
@@ -69,15 +76,16 @@ std::string beyond_tolerance(const Case& inputs, const Case& got, const Case& wa
     };
     if (errors.empty()) return "nothing compared";
     for (const TensorError& e : errors) {
-        double bound = (std::is_same_v<T, double> ? 1e-12 : 1e-5);
+        if (!e.finite) {
+            text += e.name + ": not finite, or of another shape; ";
+            continue;
+        }
+        double bound = tolerance<T>(want.tensors.at(e.name), e.name == "out.y" || e.name == "grad.u");
         if (factors > 0.0) bound += e.name == "grad.log_dt" ? factors * cancelled() : factors;
-        if (sizeof(T) == 2 && (e.name == "out.y" || e.name == "grad.u"))
-            bound += 1.02 * rounding_floor<T>(want.tensors.at(e.name));
         // A gradient below the range of float may come out as zero (float's smallest normal is 1e-38).
         const bool vanishes = sizeof(T) < 8 && e.largest < 1e-37;
-        if (!e.finite || !(e.relative <= bound || vanishes))
-            text += e.name + ": " + (e.finite ? std::to_string(e.relative / bound) + " times its bound; "
-                                              : std::string("not finite, or of another shape; "));
+        if (!(e.relative <= bound || vanishes))
+            text += e.name + ": " + std::to_string(e.relative / bound) + " times its bound; ";
     }
     return text;
 }

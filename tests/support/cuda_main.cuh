@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include <interstate/cuda/arch.cuh>
+#include <interstate/executor.hpp>
 
 namespace interstate::test {
 
@@ -20,6 +21,20 @@ class Checks {
   private:
     int passed_ = 0, failed_ = 0;
 };
+
+/// What run(flags) -> Status leaves in an executor's flags.
+template <class Run>
+std::uint32_t flags_after(Checks& checks, const char* what, Run&& run) {
+    std::uint32_t* flags = nullptr;
+    std::uint32_t seen = 0;
+    checks.expect(cudaMalloc(&flags, sizeof *flags) == cudaSuccess, what, "cudaMalloc");
+    checks.expect(cudaMemset(flags, 0, sizeof *flags) == cudaSuccess, what, "cudaMemset");
+    const Status status = run(flags);
+    checks.expect(status.ok(), what, status.message());
+    checks.expect(cudaMemcpy(&seen, flags, sizeof seen, cudaMemcpyDeviceToHost) == cudaSuccess, what, "copy");
+    cudaFree(flags);
+    return seen;
+}
 
 /// Exit codes: 0 passed, 1 failed, 77 skipped because no CUDA device can be used.
 inline int cuda_main(int argc, char** argv, const char* name, void (*run)(Checks&, bool quick)) {

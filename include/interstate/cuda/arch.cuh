@@ -1,8 +1,9 @@
 // The namespace kernels live in, and launch errors as Status.
 //
 // Two translation units built for different architectures must not share one kernel symbol: the linker
-// would keep either, and the other's device code would be missing at run time. So kernels sit in an
-// inline namespace that spells the architecture list, e.g. sm_800_900a.
+// would keep either, and the other's device code would be missing at run time. So kernels, and every function
+// that names one, up to the calls of the public headers, sit in an inline namespace that spells the architecture
+// list, e.g. sm_800_900a.
 #pragma once
 
 #if !defined(__CUDACC__)

@@ -1,8 +1,7 @@
 // cu_seqlens as a kernel sees it: checked where it lives, kept in bounds, reported by a flag.
 #pragma once
 
-#include <interstate/cuda/arch.cuh>
-#include <interstate/executor.hpp>
+#include <interstate/cuda/launch.cuh>
 #include <interstate/sequences.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -29,6 +28,19 @@ __global__ void zero_outside_sequences_kernel(View<T, 3> x, View<const std::int3
     const Index t = blockIdx.x;
     if (t >= cu(0) && t < cu(cu.extent[0] - 1)) return;
     for (Index h = threadIdx.x; h < x.extent[2]; h += blockDim.x) x(0, t, h) = T(0.0f);
+}
+
+/// Sets flag_bad_cu_seqlens where the only offset leaves [0, length].
+template <class Offset>
+__global__ void check_lone_offset_kernel(View<const Offset, 1> cu, Index length, std::uint32_t* flags) {
+    if (cu(0) < 0 || cu(0) > length) atomicOr(flags, flag_bad_cu_seqlens);
+}
+
+/// Without sequences no kernel looks at the one offset of cu_seqlens: this does.
+inline Status check_lone_offset(const cuda& exec, const View<const std::int32_t, 1>& cu, Index length) {
+    if (!cu || cu.extent[0] != 1 || !exec.flags) return {};
+    return launch(exec, "check_lone_offset_kernel", check_lone_offset_kernel<std::int32_t>, {dim3(1), dim3(1)}, cu,
+                  length, exec.flags);
 }
 }  // namespace INTERSTATE_KERNELS
 

@@ -143,8 +143,6 @@ __global__ void __launch_bounds__(elementwise_threads)
     sums[at].A += m.gamma * X * G.slope + m.beta * E * U.slope + X * E * power_of(sloped(m.A), length_of(r)).slope;
 }
 
-}  // namespace INTERSTATE_KERNELS
-
 /// The shortest good length of a transform: even, at least 2 length, a product of powers of 2, 3, 5 and 7.
 inline Index good_transform_length(Index length) {
     const Index least = 2 * std::max<Index>(length, 1);
@@ -188,6 +186,16 @@ struct FftLayout {
         sums[1] = {arena.take<SystemSums>(s.bidirectional ? used * per_mode : 0), nullptr, 1, 0};
     }
 };
+
+/// Whether the grids of a call are ones that a GPU takes. Asked before anything is written.
+inline Status check_grids(const Shape& s) {
+    constexpr Index most = Index{65535} * transpose_tile;  // tiles of channels are the second axis of a grid
+    if (s.channels > most)
+        return Status::error(StatusCode::invalid_argument, "u: channels is %lld, must be at most %lld on cuda_fft",
+                             static_cast<long long>(s.channels), static_cast<long long>(most));
+    LaunchShape grid;
+    return power_grid(s, s.length, grid);
+}
 
 /// Forward and backward of one call. `Transforms` has to_spectrum(rows, bins) and to_rows(bins, rows), neither
 /// scaled; to_rows may spoil what it reads.
@@ -351,6 +359,8 @@ class FftRun {
     Arena arena_;
     FftLayout<A> w_;
 };
+
+}  // namespace INTERSTATE_KERNELS
 
 }  // namespace s4d::detail::spectra
 }  // namespace interstate::inline INTERSTATE_ABI

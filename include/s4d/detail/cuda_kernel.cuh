@@ -295,8 +295,6 @@ __global__ void zero_unused_gradients_kernel(Index N, View<P, 1> D, View<complex
         for (Index n = threadIdx.x; n < N; n += blockDim.x) C_reverse(h, n) = {};
 }
 
-}  // namespace INTERSTATE_KERNELS
-
 /// Grid of power_kernel and power_sums_kernel.
 inline Status power_grid(const Shape& s, Index length, LaunchShape& grid) {
     const Index blocks = s.channels * power_parts(length);
@@ -385,6 +383,8 @@ Status run_generate_kernel_backward(const cuda& exec, const Options& options, Pa
     return launch(exec, "finish_gradients_kernel", finish_gradients_kernel<P>, channels, options.disc, params, s.modes,
                   w.sums, PartialSums{}, grads);
 }
+
+}  // namespace INTERSTATE_KERNELS
 
 }  // namespace s4d::detail::powers
 }  // namespace interstate::inline INTERSTATE_ABI

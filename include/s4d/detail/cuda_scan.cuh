@@ -261,8 +261,6 @@ __global__ void __launch_bounds__(scan_threads)
     if (thread == 0) sums.lags[static_cast<Index>(blockIdx.y) * H + h] = u_dy;
 }
 
-}  // namespace INTERSTATE_KERNELS
-
 /// The scan method for the driver in cuda_driver.cuh.
 template <class T>
 struct Scanned {
@@ -310,6 +308,8 @@ struct Scanned {
                       run, dy, tables.modes, exchanged_checkpoints, sums);
     }
 };
+
+}  // namespace INTERSTATE_KERNELS
 
 }  // namespace s4d::detail
 }  // namespace interstate::inline INTERSTATE_ABI
