@@ -10,6 +10,7 @@
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace s4d::detail::chunks {
+inline namespace INTERSTATE_KERNELS {
 
 /// Channels of a block: `wanted`, fewer where there are fewer or where shared memory is short (`bytes` a channel).
 /// Results do not depend on it.
@@ -124,5 +125,6 @@ struct Chunked {
     }
 };
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace s4d::detail::chunks
 }  // namespace interstate::inline INTERSTATE_ABI

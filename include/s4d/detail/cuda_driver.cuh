@@ -8,6 +8,7 @@
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace s4d::detail {
+inline namespace INTERSTATE_KERNELS {
 
 /// States that enter the tiles of both halves, from forward for backward.
 template <class T, class Method>
@@ -126,5 +127,6 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
                   w.sums[0], w.sums[1], grads.params);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace s4d::detail
 }  // namespace interstate::inline INTERSTATE_ABI
