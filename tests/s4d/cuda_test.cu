@@ -18,12 +18,13 @@ namespace {
 
 using s4d::Operator;
 
-/// What a kernel may add to the 16-bit rule that rounds both factors of matrix products to the 11 bits of tf32, each by
-/// at most 2^-11 (docs/ops/s4d.md, "CUDA kernels").
+/// What the chunked kernels may add for rounding both factors of matrix products: bfloat16 to its own 8 bits, float16 to
+/// the 11 bits of tf32 (docs/ops/s4d.md, "CUDA kernels"), each twice.
 template <class T>
 double rounded_factors(s4d::Method method) {
-    constexpr double one_factor = 0x1p-11;
-    return sizeof(T) == 2 && method == s4d::Method::chunked ? 2.0 * one_factor : 0.0;
+    if (sizeof(T) != 2 || method != s4d::Method::chunked) return 0.0;
+    constexpr double one_factor = std::is_same_v<T, bf16> ? 0x1p-9 : 0x1p-12;
+    return 2.0 * 2.0 * one_factor;
 }
 
 template <class T, class P>
@@ -52,6 +53,40 @@ void every_dtype(Checks& checks, const Case& c, s4d::Options options = {}, RunOp
         expect_close<f16, float>(checks, c, options, run);
         expect_close<bf16, float>(checks, c, options, run);
     }
+}
+
+/// The 16-bit rule itself: at most twice the error of the plain formula, y = K * u with both rounded to the storage
+/// dtype and exact otherwise, beside the rounding of y.
+template <class T>
+void sixteen_bit_rule(Checks& checks, Index L, Index N) {
+    const Index H = 4;
+    const Case c = rounded<Operator, T, float>(
+        make({.length = L, .channels = H, .modes = N, .initial_state = false, .feedthrough = false, .upstream = false}, 77));
+    Case impulse = c, got, want, kernel;
+    for (Index i = 0; i < L * H; ++i) impulse.tensors["u"].values[i] = i < H ? 1.0 : 0.0;
+    bool ok = run_case<Operator, T, float>(interstate::cuda{}, {.method = s4d::Method::chunked}, c, got).ok();
+    ok = ok && run_case<Operator, double, double>(reference{}, {}, c, want).ok();
+    ok = ok && run_case<Operator, double, double>(reference{}, {}, impulse, kernel).ok();
+    checks.expect(ok, "16-bit rule", "runs");
+    if (!ok) return;
+    const auto& u = c.tensors.at("u").values;
+    std::vector<double> K = kernel.tensors.at("out.y").values;
+    for (double& x : K) x = static_cast<double>(T(x));
+    const HostTensor& y = want.tensors.at("out.y");
+    double plain = 0.0, ours = 0.0, size = 0.0;
+    for (Index t = 0; t < L; ++t)
+        for (Index h = 0; h < H; ++h) {
+            double sum = 0.0;
+            for (Index s = 0; s <= t; ++s) sum += K[(t - s) * H + h] * u[s * H + h];
+            const double exact = y.values[t * H + h];
+            plain += (sum - exact) * (sum - exact);
+            ours += std::pow(got.tensors.at("out.y").values[t * H + h] - exact, 2);
+            size += exact * exact;
+        }
+    const double allowed = 2.0 * std::sqrt(plain / size) + tolerance<T>(y, true);
+    char text[96];
+    std::snprintf(text, sizeof text, "error %.2e, allowed %.2e", std::sqrt(ours / size), allowed);
+    checks.expect(std::sqrt(ours / size) <= allowed, "16-bit rule", text);
 }
 
 void packed_with_bad_offsets(Checks& checks) {
@@ -432,7 +467,7 @@ void run(Checks& checks, bool quick) {
     step_in_a_graph<f32>(checks);
     every_dtype(checks, make({.batch = 2, .length = 700, .channels = 3, .modes = 5, .bidirectional = true}, 2));
     if (quick) return;
-    for (const Index L : {0, 1, 7, 8, 9, 15, 16, 17, 31, 511, 512, 513, 1023, 1024, 1025, 2048, 2049, 5003})
+    for (const Index L : {0, 1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 511, 512, 513, 1023, 1024, 1025, 2048, 2049, 5003})
         every_dtype(checks, make({.length = L, .channels = 11, .modes = 3}, 50 + L));
     steps<f64>(checks);
     steps<f16>(checks);
@@ -455,6 +490,14 @@ void run(Checks& checks, bool quick) {
     every_dtype(checks, make({.length = 2100, .channels = 16, .modes = 5,
                               .cu_seqlens = {0, 1, 513, 513, 1030, 1031, 1600, 2099}, .bidirectional = true}, 14));
     every_dtype(checks, make({.length = 9000, .channels = 8, .modes = 4, .cu_seqlens = {0, 8000, 9000}}, 15));
+    // As many channels a block as there can be, which takes enough recurrences.
+    const Case wide = make({.batch = 104, .length = 1100, .channels = 16, .modes = 2}, 17);
+    expect_close<bf16, float>(checks, wide, {.method = s4d::Method::chunked});
+    expect_close<f16, float>(checks, wide, {.method = s4d::Method::chunked});
+    for (const Index N : {4, 32}) {
+        sixteen_bit_rule<bf16>(checks, 2500, N);
+        sixteen_bit_rule<f16>(checks, 2500, N);
+    }
     Case huge = make({.length = 700, .channels = 8, .modes = 4}, 16);
     for (double& x : huge.tensors["u"].values) x *= 1e15;
     expect_close<f32, float>(checks, huge);
