@@ -277,13 +277,13 @@ __device__ __noinline__ void finish_tile(A* mine, A* edges, const typename Gradi
 /// The tiles of a part of the whole, in the order of their numbers.
 struct Tiles {
     View<const std::int32_t, 1> cu;
-    Index length, i, row, end;  // of the recurrence, whose rows end at `end`
+    Index length, recurrences, i, row, end;  // of recurrence i, whose rows end at `end`
     Index slot, last_slot;      // of the tile, and where the part ends
     int tile;
     bool backwards;
 
     __device__ Tiles(const View<const std::int32_t, 1>& cu_, const Shape& s, int tile_, bool backwards_, Index part, Index parts)
-        : cu(cu_), length(s.length), tile(tile_), backwards(backwards_) {
+        : cu(cu_), length(s.length), recurrences(s.states()), tile(tile_), backwards(backwards_) {
         const Index slots = tile_count(s, tile), each = ceil_div(slots, parts);
         slot = part * each;
         last_slot = slot + each < slots ? slot + each : slots;
@@ -307,7 +307,7 @@ struct Tiles {
     /// On to a number that a tile has: recurrences may be empty, and numbers unused.
     __device__ void skip_to_rows() {
         while (row >= end && more()) {
-            slot = first_tile(cu, ++i, length, tile);
+            slot = ++i < recurrences ? first_tile(cu, i, length, tile) : last_slot;
             if (!more()) return;
             const RowRange range = device::checked_rows(cu, i, length, nullptr);
             row = range.begin;
