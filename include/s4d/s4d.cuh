@@ -18,26 +18,21 @@ namespace s4d {
 namespace detail {
 inline namespace INTERSTATE_KERNELS {
 
-/// The method that a call will run. Chunks win wherever they can run, from one token on (docs/benchmarks/s4d.md).
-inline Method cuda_method(const Options& options, const Shape& shape) {
-    if (options.method != Method::automatic) return options.method;
-    return shape.modes <= chunks::max_chunked_modes ? Method::chunked : Method::scan;
+/// The method that a call will run. Chunks win everywhere, from one token on (docs/benchmarks/s4d.md).
+inline Method cuda_method(const Options& options) {
+    return options.method == Method::automatic ? Method::chunked : options.method;
 }
 
 /// Calls f(method) with the driver's type of the method.
 template <class T, class F>
-auto with_method(const Options& options, const Shape& shape, F&& f) {
-    if (cuda_method(options, shape) == Method::chunked) return f(chunks::Chunked<T>{});
+auto with_method(const Options& options, F&& f) {
+    if (cuda_method(options) == Method::chunked) return f(chunks::Chunked<T>{});
     return f(Scanned<T>{});
 }
 
-inline Status check_method(const Options& options, const Shape& shape) {
-    if (options.method == Method::fft)
-        return Status::error(StatusCode::unsupported, "method: is fft, which needs cuFFT plans: the executor cuda_fft of s4d/fft.cuh");
-    if (options.method == Method::chunked && shape.modes > chunks::max_chunked_modes)
-        return Status::error(StatusCode::unsupported, "method: is chunked with %lld modes, must be at most %d on cuda",
-                             static_cast<long long>(shape.modes), chunks::max_chunked_modes);
-    return {};
+inline Status check_method(const Options& options) {
+    if (options.method != Method::fft) return {};
+    return Status::error(StatusCode::unsupported, "method: is fft, which needs cuFFT plans: the executor cuda_fft of s4d/fft.cuh");
 }
 
 }  // namespace INTERSTATE_KERNELS
@@ -46,16 +41,13 @@ inline Status check_method(const Options& options, const Shape& shape) {
 inline namespace INTERSTATE_KERNELS {
 
 inline KernelChoice which_kernel(const cuda&, const Options& options, const Shape& shape) {
-    if (!detail::check_method(options, shape).ok())
-        return {"", options.method == Method::fft ? "unsupported: fft needs the executor cuda_fft of s4d/fft.cuh"
-                                                  : "unsupported: chunked takes at most 64 modes on cuda"};
-    switch (detail::cuda_method(options, shape)) {
-        case Method::chunked: return {"s4d.cuda.chunked", "chunks of 16 tokens as products on tensor cores"};
-        case Method::scan:
-            return {"s4d.cuda.scan", options.method == Method::scan
-                                         ? "block scan over time, one block a channel"
-                                         : "block scan over time, because of more than 64 modes"};
-        default: return {"", ""};
+    switch (detail::cuda_method(options)) {
+        case Method::chunked:
+            return {"s4d.cuda.chunked", shape.dtype == DType::bf16
+                                            ? "chunks of 32 tokens as bfloat16 products on tensor cores"
+                                            : "chunks of 16 tokens as products on tensor cores"};
+        case Method::scan: return {"s4d.cuda.scan", "block scan over time, one block a channel"};
+        default: return {"", "unsupported: fft needs the executor cuda_fft of s4d/fft.cuh"};
     }
 }
 
@@ -63,7 +55,7 @@ inline KernelChoice which_kernel(const cuda&, const Options& options, const Shap
 inline std::size_t saved_size(const cuda&, const Options& options, const Shape& shape) {
     Arena arena;
     dispatch_dtype(shape.dtype, [&]<class T>(T) {
-        return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
+        return detail::with_method<T>(options, [&]<class Method>(Method) {
             return detail::SavedStates<T, Method>(arena, shape), 0;
         });
     });
@@ -75,7 +67,7 @@ inline std::size_t workspace_size(const cuda&, const Options& options, const Sha
     if (p == pass::step) return 0;
     Arena arena;
     dispatch_dtype(shape.dtype, [&]<class T>(T) {
-        return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
+        return detail::with_method<T>(options, [&]<class Method>(Method) {
             return detail::DriverLayout<T, Method>(arena, shape, p), 0;
         });
     });
@@ -89,14 +81,14 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
                Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(in, out));
     const Shape shape = shape_of(in);
-    INTERSTATE_RETURN_IF_ERROR(detail::check_method(options, shape));
+    INTERSTATE_RETURN_IF_ERROR(detail::check_method(options));
     if (saved.data)
         INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
-    return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
+    return detail::with_method<T>(options, [&]<class Method>(Method) {
         return detail::run_forward<T, Method>(exec, options, in, out, saved, ws);
     });
 }
@@ -108,13 +100,13 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
                 const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, grads));
     const Shape shape = shape_of(in);
-    INTERSTATE_RETURN_IF_ERROR(detail::check_method(options, shape));
+    INTERSTATE_RETURN_IF_ERROR(detail::check_method(options));
     INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
-    return detail::with_method<T>(options, shape, [&]<class Method>(Method) {
+    return detail::with_method<T>(options, [&]<class Method>(Method) {
         return detail::run_backward<T, Method>(exec, options, in, saved, upstream, grads, ws);
     });
 }

@@ -333,13 +333,13 @@ __global__ void __launch_bounds__(32 * gradient_channels, 1)
     extern __shared__ __align__(16) unsigned char shared[];
     const Lane lane;
     const int G = static_cast<int>(blockDim.x) / 32, channel = lane.thread / 32;
-    const Index H = run.shape.channels;
-    const int N = static_cast<int>(run.shape.modes);
-    const ChunkTables<T> at(N);
-    const int mode_blocks = N == 0 ? 1 : (N + Layout::modes - 1) / Layout::modes;
+    const Index H = run.shape.channels, N = run.shape.modes;
+    const int count_modes = static_cast<int>(run.modes.count);
+    const ChunkTables<T> at(count_modes);
+    const int mode_blocks = count_modes == 0 ? 1 : (count_modes + Layout::modes - 1) / Layout::modes;
     const Index h0 = static_cast<Index>(blockIdx.x) / mode_blocks * G, h = h0 + channel;
-    const int first_octet = static_cast<int>(blockIdx.x) % mode_blocks * octets, first_mode = octet * first_octet;
-    const bool sums_lags = first_mode == 0;
+    const int first_mode = static_cast<int>(blockIdx.x) % mode_blocks * Layout::modes;  // of the run's
+    const bool sums_lags = run.modes.first + first_mode == 0;
     A* const mine = reinterpret_cast<A*>(shared) + channel * Layout::size;
     A* const products = mine + Layout::products;
     Element* const tiles = reinterpret_cast<Element*>(reinterpret_cast<A*>(shared) + G * Layout::size);
@@ -373,7 +373,7 @@ __global__ void __launch_bounds__(32 * gradient_channels, 1)
     // A lane fetches the state that enters a tile, or the exchanged one, of a mode.
     static_assert(2 * Layout::modes <= 32);
     const int edge_mode = lane.index % Layout::modes, edge_kind = lane.index / Layout::modes;
-    const bool moves_edge = h < H && edge_kind < 2 && first_mode + edge_mode < N;
+    const bool moves_edge = h < H && edge_kind < 2 && first_mode + edge_mode < count_modes;
     const complex<A>* const edge_from =
         (edge_kind == 0 ? run.checkpoints : exchanged_checkpoints) + h * N + first_mode + edge_mode;
     A* const edge_to = mine + Layout::edges + 4 * edge_mode + 2 * edge_kind;
@@ -456,8 +456,9 @@ __global__ void __launch_bounds__(32 * gradient_channels, 1)
     // The powers come in now, in float64: a lane has mode `group` and the tokens of its columns.
 #pragma unroll
     for (int o = 0; o < octets; ++o) {
-        const int n = first_mode + octet * o + lane.group;
-        const SystemMode m = n < N ? modes[h * N + n] : SystemMode{};
+        const int n = octet * o + lane.group;
+        const bool inside = first_mode + n < count_modes;
+        const SystemMode m = inside ? modes[h * N + first_mode + n] : SystemMode{};
         SystemSums sum{};
         const c64 over = weigh<T>(mine, u_E[o], true, m.A, lane, [&](c64 power, c64 slope, c64 x) {
             sum.beta += power * x;
@@ -476,7 +477,7 @@ __global__ void __launch_bounds__(32 * gradient_channels, 1)
         const Four<A> tail = four(mine + Layout::tail + 4 * (octet * o + lane.group));
         sum.A += {static_cast<double>(tail.x[0]), static_cast<double>(tail.x[1])};
         sum.beta += {static_cast<double>(tail.x[2]), static_cast<double>(tail.x[3])};
-        if (lane.quad == 0 && n < N) sums.modes[(static_cast<Index>(blockIdx.y) * H + h) * N + n] = sum;
+        if (lane.quad == 0 && inside) sums.modes[(static_cast<Index>(blockIdx.y) * H + h) * N + first_mode + n] = sum;
     }
 }
 

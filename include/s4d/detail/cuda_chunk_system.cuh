@@ -133,8 +133,8 @@ __device__ __noinline__ void finish_state(A* carry, const typename SystemTile<T>
     }
 }
 
-/// What a run leaves: only states, y, or y by way of the other half of a bidirectional layer (run.sum or run.addend).
-enum class Leaves { states, y, half };
+/// What a run leaves: only states, y, or a part of y (run.sum or run.addend).
+enum class Leaves { states, y, part };
 
 /// Runs a system: blocks are G channels (a warp each) of one segment of one recurrence. Where it leaves states they
 /// go to `segment_states`, what the segment adds to the state; else it starts from there.
@@ -152,10 +152,10 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
     const Lane lane;
     const int G = static_cast<int>(blockDim.x) / 32, warp = lane.thread / 32;
     const Index H = run.shape.channels, N = run.shape.modes, L = run.shape.length;
-    const int modes = static_cast<int>(N);
+    const int modes = static_cast<int>(run.modes.count);
     const Index blocks_a_row = ceil_div(H, G), unit = blockIdx.x / blocks_a_row;  // neighbours share rows
     const Index h0 = blockIdx.x % blocks_a_row * G, h = h0 + warp;
-    const ChunkTables<T> at(N);
+    const ChunkTables<T> at(modes);
     A* const all_tables = reinterpret_cast<A*>(shared);
     const A* const table = all_tables + warp * at.size();
     A* const carry = all_tables + G * at.size() + warp * 8 * at.groups;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
     // The state that enters the segment; without segments, the caller's.
     for (int n = lane.index; n < 4 * at.groups; n += 32) {
         complex<A> x{A(0), A(0)};
-        if (h < H && n < N) {
+        if (h < H && n < modes) {
             if (!whole && !states_only) x = segment_states[(unit * H + h) * N + n];
             if (whole && run.initial) {
                 x = run.initial(seg.i, h, n);
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
                 __syncwarp();
             }
             if constexpr (!states_only) {
-                if constexpr (leaves == Leaves::half) {
+                if constexpr (leaves == Leaves::part) {
                     const auto each_sum = [&](A* sums, auto&& f) {
                         A* const first = sums + (seg.batch * H + h) * L + these.row;
 #pragma unroll
@@ -294,10 +294,8 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
                                     if (t < count) f(first[these.direction * t], y[m][block][e]);
                                 }
                     };
-                    if (run.sum)
-                        each_sum(run.sum, [](A& sum, A y_) { sum = y_; });
-                    else
-                        each_sum(run.addend, [](A sum, A& y_) { y_ += sum; });
+                    if (run.addend) each_sum(run.addend, [](A sum, A& y_) { y_ += sum; });
+                    if (run.sum) each_sum(run.sum, [](A& sum, A y_) { sum = y_; });
                 }
 #pragma unroll
                 for (int m = 0; m < own / 2; ++m)
@@ -315,7 +313,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
     // The state that leaves: the segment's own part, or the sequence's.
     __syncwarp();
     if (h < H)
-        for (int n = lane.index; n < N; n += 32) {
+        for (int n = lane.index; n < modes; n += 32) {
             const complex<A> x{carry[2 * n], carry[2 * n + 1]};
             if constexpr (states_only)
                 segment_states[(unit * H + h) * N + n] = x;

@@ -33,7 +33,7 @@ inline constexpr int tile_chunks = 32;
 template <class T>
 inline constexpr int tile_tokens = tile_chunks * Form<T>::chunk;
 inline constexpr int own = tile_chunks / 8;      // consecutive chunks of a thread
-inline constexpr int max_chunked_modes = 64;     // more do not fit into shared memory
+inline constexpr int max_run_modes = 64;         // more do not fit into shared memory
 static_assert(Form<bf16>::chunk <= max_lags);
 
 /// Powers with which a mode is carried: over a chunk, over 1, 2 and 4 times the chunks of a thread, what the
@@ -166,28 +166,28 @@ __device__ void fill_mode(acc_t<T>* table, const ChunkTables<T>& at, int n, int 
     put_power(over_token, m.A);
 }
 
-/// One block a channel, four threads a mode: the tables of a half's system and, where asked for, of the
-/// exchanged one, made in shared memory.
+/// One block a channel, four threads a mode: the tables of some modes of a half's system and, where asked for, of the
+/// exchanged one, made in shared memory. The first modes have the feedthrough.
 template <class T, class P>
-__global__ void __launch_bounds__(table_parts* max_chunked_modes)
-    chunk_tables_kernel(Discretization disc, Params<P> p, Half half, Index N, SystemMode* modes, acc_t<T>* tables,
-                        acc_t<T>* exchanged) {
+__global__ void __launch_bounds__(table_parts* max_run_modes)
+    chunk_tables_kernel(Discretization disc, Params<P> p, Half half, Index N, ModeRange range, SystemMode* modes,
+                        acc_t<T>* tables, acc_t<T>* exchanged) {
     using A = acc_t<T>;
     constexpr int chunk = Form<T>::chunk;
     extern __shared__ __align__(16) unsigned char shared[];
     A* const table = reinterpret_cast<A*>(shared);
     const Index h = blockIdx.x;
-    const int thread = static_cast<int>(threadIdx.x), n = thread % max_chunked_modes, part = thread / max_chunked_modes;
-    const ChunkTables<T> at(N);
-    const bool used = n < 4 * at.groups;
-    __shared__ SystemMode shared_modes[max_chunked_modes];
-    __shared__ double sums[max_chunked_modes / 32][chunk + 1];  // K by warps of modes, and K0 at the end
+    const int thread = static_cast<int>(threadIdx.x), n = thread % max_run_modes, part = thread / max_run_modes;
+    const ChunkTables<T> at(range.count);
+    const bool used = n < 4 * at.groups, feeds = range.first == 0 && half == Half::causal && p.D;
+    __shared__ SystemMode shared_modes[max_run_modes];
+    __shared__ double sums[max_run_modes / 32][chunk + 1];  // K by warps of modes, and K0 at the end
     double K0 = 0.0;
     if (part == 0) {
         SystemMode m{};
-        if (n < N) {
-            m = system_mode(disc, p, half, h, n, K0);
-            modes[h * N + n] = m;
+        if (n < range.count) {
+            m = system_mode(disc, p, half, h, range.first + n, K0);
+            modes[h * N + range.first + n] = m;
         }
         shared_modes[n] = m;
         for (int d = 16; d > 0; d /= 2) K0 += __shfl_xor_sync(0xffffffffu, K0, d);
@@ -210,8 +210,8 @@ __global__ void __launch_bounds__(table_parts* max_chunked_modes)
     if (lag < chunk) {
         const auto K = [&](int l) {
             if (l < 0) return 0.0;
-            double sum = l == 0 && half == Half::causal && p.D ? static_cast<double>(p.D(h)) : 0.0;
-            for (int warp = 0; warp < max_chunked_modes / 32; ++warp) sum += sums[warp][l == 0 ? chunk : l - 1];
+            double sum = l == 0 && feeds ? static_cast<double>(p.D(h)) : 0.0;
+            for (int warp = 0; warp < max_run_modes / 32; ++warp) sum += sums[warp][l == 0 ? chunk : l - 1];
             return sum;
         };
         if constexpr (Form<T>::precision == Precision::bfloat)

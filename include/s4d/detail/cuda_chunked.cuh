@@ -45,10 +45,32 @@ struct Chunked {
         if (units == 0 || units >= enough_blocks || tiles < 2) return 1;
         return static_cast<int>(std::min(ceil_div(2 * enough_blocks, units), tiles));
     }
+    /// Many modes are runs of at most max_run_modes, alike.
+    static Index runs(const Shape& s) { return std::max<Index>(ceil_div(s.modes, max_run_modes), 1); }
+    static ModeRange modes_of(const Shape& s, Index i) {
+        const Index each = runs(s) == 1 ? s.modes : ceil_div(ceil_div(s.modes, runs(s)), octet) * octet;
+        return {i * each, std::min(each, s.modes - i * each)};
+    }
+    /// Run i of the whole.
+    static SystemRun<T> run_of(SystemRun<T> run, Index i) {
+        run.modes = modes_of(run.shape, i);
+        const Index first = run.modes.first;
+        if (run.initial) run.initial.data += first * run.initial.stride[2];
+        if (run.final) run.final.data += first * run.final.stride[2];
+        if (run.checkpoints) run.checkpoints += first;
+        return run;
+    }
+    /// Where the tables of run i begin, in A.
+    static Index tables_at(const Shape& s, Index i) {
+        Index at = 0;
+        for (Index j = 0; j < i; ++j) at += s.channels * ChunkTables<T>(modes_of(s, j).count).size();
+        return at;
+    }
+
     /// Blocks of the gradient kernel that share channels, and parts of the length axis: two waves on a large GPU.
-    static Index mode_blocks(const Shape& s) { return std::max<Index>(ceil_div(s.modes, GradientLayout<T>::modes), 1); }
+    static Index mode_blocks(Index modes) { return std::max<Index>(ceil_div(modes, GradientLayout<T>::modes), 1); }
     static int parts(const Shape& s) {
-        const Index blocks = std::max<Index>(ceil_div(s.channels, gradient_channels) * mode_blocks(s), 1);
+        const Index blocks = std::max<Index>(ceil_div(s.channels, gradient_channels) * mode_blocks(modes_of(s, 0).count), 1);
         return static_cast<int>(std::clamp<Index>(264 / blocks, 1, std::max<Index>(tile_count(s, tile), 1)));
     }
 
@@ -56,72 +78,101 @@ struct Chunked {
     struct Tables {
         A* data;
         Tables(Arena& arena, const Shape& s, bool used)
-            : data(used ? arena.take<A>(s.channels * ChunkTables<T>(s.modes).size()) : nullptr) {}
+            : data(used ? arena.take<A>(tables_at(s, runs(s))) : nullptr) {}
     };
     struct Scratch {
         complex<A>* segment_states;
+        A* sum;  // (B, H, L), where runs wait for each other and the driver has no such memory
         Scratch(Arena& arena, const Shape& s) {
             const int n = segments(s);
             segment_states = n > 1 ? arena.take<complex<A>>(n * s.states() * s.channels * s.modes) : nullptr;
+            sum = runs(s) > 1 && !s.bidirectional ? arena.take<A>(s.batch * s.length * s.channels) : nullptr;
         }
     };
 
     template <class P>
     static Status prepare(const cuda& exec, const Options& options, const Params<P>& params, const Shape& s, Half half,
                           SystemMode* modes, const Tables& tables, const Tables& exchanged) {
-        return launch(exec, "chunk_tables_kernel", chunk_tables_kernel<T, P>,
-                      {dim3(static_cast<unsigned>(s.channels)), dim3(table_parts * max_chunked_modes),
-                       sizeof(A) * static_cast<std::size_t>(ChunkTables<T>(s.modes).size())},
-                      options.disc, params, half,
-                      s.modes, modes, tables.data, exchanged.data);
+        for (Index i = 0; i < runs(s); ++i) {
+            const ModeRange range = modes_of(s, i);
+            const Index at = tables_at(s, i);
+            INTERSTATE_RETURN_IF_ERROR(launch(
+                exec, "chunk_tables_kernel", chunk_tables_kernel<T, P>,
+                {dim3(static_cast<unsigned>(s.channels)), dim3(table_parts * max_run_modes),
+                 sizeof(A) * static_cast<std::size_t>(ChunkTables<T>(range.count).size())},
+                options.disc, params, half, s.modes, range, modes, tables.data + at,
+                exchanged.data ? exchanged.data + at : nullptr));
+        }
+        return {};
     }
 
-    static Status run(const cuda& exec, const SystemRun<T>& run, const SystemMode* modes, const Tables& tables,
+    static Status run(const cuda& exec, const SystemRun<T>& whole, const SystemMode* modes, const Tables& tables,
                       const Scratch& scratch) {
-        const Shape& s = run.shape;
-        const ChunkTables<T> at(s.modes);
-        const std::size_t bytes = sizeof(A) * static_cast<std::size_t>(at.size() + 8 * at.groups) +
-                                  sizeof(typename SystemTile<T>::Element) * SystemTile<T>::stride +
-                                  TileMover<T, Interleave::by_token>::staging_bytes;
-        int G = 0;
-        INTERSTATE_RETURN_IF_ERROR(channels_per_block(channels(s), s.channels, bytes, G));
+        const Shape& s = whole.shape;
         const int n = segments(s);
-        const Index tiles = ceil_div(s.length, tile);
-        const int segment_tiles = static_cast<int>(std::max<Index>(ceil_div(tiles, n), 1));
-        const Index blocks = ceil_div(s.channels, G) * s.states() * n;
-        INTERSTATE_RETURN_IF_ERROR(check_size("u: blocks of a grid", blocks));
-        const LaunchShape shape{dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * G)),
-                                static_cast<std::size_t>(G) * bytes};
+        const int segment_tiles = static_cast<int>(std::max<Index>(ceil_div(ceil_div(s.length, tile), n), 1));
+        const auto launch_run = [&](const char* name, auto kernel, const SystemRun<T>& run, Index i) -> Status {
+            const ChunkTables<T> at(run.modes.count);
+            const std::size_t bytes = sizeof(A) * static_cast<std::size_t>(at.size() + 8 * at.groups) +
+                                      sizeof(typename SystemTile<T>::Element) * SystemTile<T>::stride +
+                                      TileMover<T, Interleave::by_token>::staging_bytes;
+            int G = 0;
+            INTERSTATE_RETURN_IF_ERROR(channels_per_block(channels(s), s.channels, bytes, G));
+            const Index blocks = ceil_div(s.channels, G) * s.states() * n;
+            INTERSTATE_RETURN_IF_ERROR(check_size("u: blocks of a grid", blocks));
+            return launch(exec, name, kernel,
+                          {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * G)),
+                           static_cast<std::size_t>(G) * bytes},
+                          run, tables.data + tables_at(s, i),
+                          scratch.segment_states ? scratch.segment_states + run.modes.first : nullptr, n, segment_tiles,
+                          exec.flags);
+        };
         if (n > 1) {
-            INTERSTATE_RETURN_IF_ERROR(launch(exec, "chunked_system_kernel, states", chunked_system_kernel<T, Leaves::states>, shape,
-                                              run, tables.data, scratch.segment_states, n, segment_tiles, exec.flags));
+            for (Index i = 0; i < runs(s); ++i)
+                INTERSTATE_RETURN_IF_ERROR(launch_run("chunked_system_kernel, states",
+                                                      chunked_system_kernel<T, Leaves::states>, run_of(whole, i), i));
             const Index threads = s.states() * s.channels * s.modes;
             INTERSTATE_RETURN_IF_ERROR(
                 launch(exec, "combine_segments_kernel", combine_segments_kernel<T>,
-                       {dim3(static_cast<unsigned>(ceil_div(threads, 128))), dim3(128)}, run.cu, s, run.backwards,
-                       run.conjugate, run.initial, modes, n, segment_tiles, scratch.segment_states));
+                       {dim3(static_cast<unsigned>(ceil_div(threads, 128))), dim3(128)}, whole.cu, s, whole.backwards,
+                       whole.conjugate, whole.initial, modes, n, segment_tiles, scratch.segment_states));
         }
-        const auto kernel =
-            run.sum || run.addend ? chunked_system_kernel<T, Leaves::half> : chunked_system_kernel<T, Leaves::y>;
-        return launch(exec, "chunked_system_kernel", kernel, shape, run, tables.data, scratch.segment_states, n,
-                      segment_tiles, exec.flags);
+        // Each run adds to what those before left, and the last one rounds.
+        A* const between = whole.sum ? whole.sum : whole.addend ? whole.addend : scratch.sum;
+        for (Index i = 0; i < runs(s); ++i) {
+            SystemRun<T> run = run_of(whole, i);
+            run.addend = i == 0 ? whole.addend : between;
+            run.sum = i + 1 == runs(s) ? whole.sum : between;
+            const auto kernel =
+                run.sum || run.addend ? chunked_system_kernel<T, Leaves::part> : chunked_system_kernel<T, Leaves::y>;
+            INTERSTATE_RETURN_IF_ERROR(launch_run("chunked_system_kernel", kernel, run, i));
+        }
+        return {};
     }
 
-    static Status gradient(const cuda& exec, const SystemRun<T>& run, const View<const T, 3>& dy, const SystemMode* modes,
+    static Status gradient(const cuda& exec, const SystemRun<T>& whole, const View<const T, 3>& dy, const SystemMode* modes,
                            const Tables& tables, const Tables& exchanged, const complex<A>* exchanged_checkpoints,
                            const PartialSums& sums) {
-        const Shape& s = run.shape;
+        const Shape& s = whole.shape;
         const std::size_t bytes = sizeof(A) * static_cast<std::size_t>(GradientLayout<T>::size) +
                                   2 * (sizeof(typename GradientTile<T>::Element) * GradientTile<T>::stride +
                                        GradientMover<T>::staging_bytes);
         int G = 0;
         INTERSTATE_RETURN_IF_ERROR(channels_per_block(gradient_channels, s.channels, bytes, G));
-        const Index blocks = ceil_div(s.channels, G) * mode_blocks(s);
-        INTERSTATE_RETURN_IF_ERROR(check_size("u: blocks of a grid", blocks));
-        return launch(exec, "chunked_gradient_kernel", chunked_gradient_kernel<T>,
-                      {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(sums.parts)), dim3(static_cast<unsigned>(32 * G)),
-                       static_cast<std::size_t>(G) * bytes},
-                      run, dy, modes, tables.data, exchanged.data, exchanged_checkpoints, sums);
+        for (Index i = 0; i < runs(s); ++i) {
+            const SystemRun<T> run = run_of(whole, i);
+            const Index first = run.modes.first;
+            PartialSums sums_of = sums;
+            sums_of.modes += first;
+            const Index blocks = ceil_div(s.channels, G) * mode_blocks(run.modes.count), at = tables_at(s, i);
+            INTERSTATE_RETURN_IF_ERROR(check_size("u: blocks of a grid", blocks));
+            INTERSTATE_RETURN_IF_ERROR(
+                launch(exec, "chunked_gradient_kernel", chunked_gradient_kernel<T>,
+                       {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(sums.parts)),
+                        dim3(static_cast<unsigned>(32 * G)), static_cast<std::size_t>(G) * bytes},
+                       run, dy, modes + first, tables.data + at, exchanged.data + at, exchanged_checkpoints + first, sums_of));
+        }
+        return {};
     }
 };
 

@@ -28,6 +28,12 @@ struct SystemSums {
     c64 A, beta, gamma;
 };
 
+/// Modes [first, first + count) of a system: those of one run, which takes pointers to the first of them; strides are
+/// those of all. What runs of the same system leave adds up.
+struct ModeRange {
+    Index first = 0, count = 0;
+};
+
 /// One run of a system over every recurrence.
 template <class T>
 struct SystemRun {
@@ -41,8 +47,9 @@ struct SystemRun {
     bool conjugate = false;               // initial and final are conjugates of the state
     complex<A>* checkpoints = nullptr;    // (slots, H, N) the state that enters each tile; may be null
     A* addend = nullptr;                  // (B, H, L), added to y before it is rounded; may be null
-    A* sum = nullptr;                     // (B, H, L), receives y instead of `y`; may be null
+    A* sum = nullptr;                     // (B, H, L), receives y instead of `y`; may be null, or `addend`
     Shape shape{};
+    ModeRange modes{};                    // only the chunked method, which sets it
 };
 
 /// Tiles of the length axis, numbered so that every sequence starts a new one: `first_tile` of recurrence i,
