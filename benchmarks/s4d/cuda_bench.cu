@@ -33,7 +33,7 @@ void check(const Status& s) {
 }
 
 struct Ceilings {
-    double copy_gbps, mma_tflops;
+    double copy_gbps, tf32_tflops, bf16_tflops, f64_tflops;
 };
 
 struct Sizes {
@@ -188,16 +188,20 @@ void measure(const Layer<T>& layer, const Exec& exec, Method method, const Case&
     const double both_ms = bench::milliseconds(both);
 
     const double tokens = static_cast<double>(layer.tokens()), tensor = tokens * sizeof(T), n = static_cast<double>(N);
-    const double products = sizeof(T) == 2 ? 1.0 : 3.0;
+    // What the chunked form computes with (docs/ops/s4d.md, "What it costs").
+    const double products = std::is_same_v<T, f32> ? 3.0 : 1.0, chunk = std::is_same_v<T, bf16> ? 32.0 : 16.0;
+    const double tflops = sizeof(T) == 8             ? ceilings.f64_tflops
+                          : std::is_same_v<T, bf16> ? ceilings.bf16_tflops
+                                                     : ceilings.tf32_tflops;
     const auto bytes_ms = [&](double tensors) { return tensors * tensor / ceilings.copy_gbps * 1e-6; };
-    const auto product_ms = [&](double macs) { return 2.0 * macs * tokens * products / ceilings.mma_tflops * 1e-9; };
+    const auto product_ms = [&](double macs) { return 2.0 * macs * tokens * products / tflops * 1e-9; };
     std::printf("{\"op\":\"s4d\",\"kernel\":\"%s\",\"dtype\":\"%s\",\"B\":%lld,\"L\":%lld,\"H\":%lld,\"N\":%lld,"
                 "\"forward_ms\":%.4f,\"both_ms\":%.4f,\"floor_bytes_ms\":%.4f,\"floor_products_ms\":%.4f,"
                 "\"both_floor_bytes_ms\":%.4f,\"both_floor_products_ms\":%.4f,\"memory_ratio\":%.3f,"
                 "\"error\":%.2e,\"error_of\":\"%s\",\"errors\":{",
                 which_kernel(exec, options, shape).name, to_string(dtype_of<T>), static_cast<long long>(B),
                 static_cast<long long>(L), static_cast<long long>(H), static_cast<long long>(N), forward_ms, both_ms,
-                bytes_ms(2), product_ms(4 * n + 8), bytes_ms(5), product_ms(12 * n + 24),
+                bytes_ms(2), product_ms(4 * n + chunk / 2), bytes_ms(5), product_ms(12 * n + 1.5 * chunk),
                 1.0 + static_cast<double>(ws.size + saved.size + plans) / (4.0 * tensor), worst->relative,
                 worst->name.c_str());
     for (const TensorError& e : errors)
@@ -246,9 +250,11 @@ int main(int argc, char** argv) {
     }
     cudaDeviceProp device;
     bench::check(cudaGetDeviceProperties(&device, 0), "device");
-    const Ceilings c{bench::copy_gbps(), bench::peak_tflops<bench::Tf32Mma>()};
-    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f,\"mma_tf32_TFLOPs\":%.1f}\n", device.name,
-                c.copy_gbps, bench::peak_tflops<bench::FloatFma>(), c.mma_tflops);
+    const Ceilings c{bench::copy_gbps(), bench::peak_tflops<bench::Tf32Mma>(), bench::peak_tflops<bench::Bf16Mma>(),
+                     bench::peak_tflops<bench::DoubleMma>()};
+    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f,\"mma_tf32_TFLOPs\":%.1f,"
+                "\"mma_bf16_TFLOPs\":%.1f,\"mma_f64_TFLOPs\":%.1f}\n",
+                device.name, c.copy_gbps, bench::peak_tflops<bench::FloatFma>(), c.tf32_tflops, c.bf16_tflops, c.f64_tflops);
     run<f32>({8, 16384, 512, 32}, {Method::chunked, Method::scan, Method::fft}, c);
     run<bf16>({8, 16384, 512, 32}, {Method::chunked}, c);
     run<f16>({8, 16384, 512, 32}, {Method::chunked}, c);

@@ -80,22 +80,29 @@ struct FloatFma {
     __device__ void add_to(float& x) const { x = fmaf(x, y, 1.0f); }
     __device__ static float value(float x) { return x; }
 };
-struct Tf32Mma {
+/// A tensor-core product of a warp (cuda/mma.cuh).
+template <class A, device::Precision precision>
+struct Mma {
     struct Sum {
-        float c[4];
+        A c[4];
     };
-    static constexpr double flops = 2.0 * 16 * 8 * 8 / 32;
-    device::Factors<float, device::Precision::cut, 2> a;
-    device::Factors<float, device::Precision::cut, 1> b;
-    __device__ Tf32Mma() {
-        const auto x = static_cast<float>(threadIdx.x);
-        a.set(0, 0, x, x + 1.0f);
-        a.set(1, 0, x + 2.0f, x + 3.0f);
-        b.set(0, 0, x, x - 1.0f);
+    static constexpr double flops = 2.0 * 16 * 8 * device::depth<precision> / 32;
+    device::Factors<A, precision, 2> a;
+    device::Factors<A, precision, 1> b;
+    __device__ Mma() {
+        const auto x = static_cast<A>(threadIdx.x);
+        for (int pair = 0; pair < device::k_pairs<precision>; ++pair) {
+            a.set(0, pair, x, x + A(1));
+            a.set(1, pair, x + A(2), x + A(3));
+            b.set(0, pair, x, x - A(1));
+        }
     }
     __device__ void add_to(Sum& sum) const { device::multiply_add(sum.c, a, b); }
-    __device__ static float value(const Sum& sum) { return sum.c[0] + sum.c[1] + sum.c[2] + sum.c[3]; }
+    __device__ static float value(const Sum& sum) { return static_cast<float>(sum.c[0] + sum.c[1] + sum.c[2] + sum.c[3]); }
 };
+using Tf32Mma = Mma<float, device::Precision::cut>;
+using Bf16Mma = Mma<float, device::Precision::bfloat>;
+using DoubleMma = Mma<double, device::Precision::exact>;
 
 template <class Operation, int chains>
 __global__ void peak_kernel(float* out, int iterations) {
@@ -113,7 +120,7 @@ __global__ void peak_kernel(float* out, int iterations) {
 }
 
 /// TFLOP/s of an operation on registers alone: with FloatFma this run's arithmetic ceiling outside the tensor cores,
-/// with Tf32Mma (mma.sync m16n8k8) its tensor-core ceiling for float.
+/// with an Mma (mma.sync) its ceiling for such products.
 template <class Operation>
 double peak_tflops() {
     cudaDeviceProp device;

@@ -134,15 +134,6 @@ struct FftTask {
     }
 };
 
-inline c64 raise(c64 base, Index times) {
-    c64 power{1.0, 0.0};
-    for (; times > 0; times >>= 1) {
-        if (times & 1) power = power * base;
-        base = base * base;
-    }
-    return power;
-}
-
 /// The tables and K of every block.
 template <class A, class P>
 void fft_prepare(const cpu& exec, const Options& options, const Params<P>& params, const Shape& s,

@@ -147,8 +147,8 @@ __device__ void scan_octets(OctetStates<T> W, OctetStates<T> Q, const A* powers,
 template <class T, class A = acc_t<T>>
 __device__ void add_chunk_products(A (&c)[warp_octets<T>][token_blocks<T>][4], OctetStates<T> x,
                                    const typename GradientTile<T>::Element* tile, Lane lane) {
-    // Float32 is kept by adding up a tile's sums, which the tensor core truncates, apart.
-    constexpr bool apart = Form<T>::precision == Precision::exact;
+    // The tensor core truncates what it adds up: where that would show after many tiles, a tile's sums are added apart.
+    constexpr bool apart = Form<T>::precision != Precision::bfloat;
     constexpr int octets = warp_octets<T>;
     FormFactors<T, 2> a[octets][GradientTile<T>::chunk_steps];
 #pragma unroll
@@ -290,7 +290,9 @@ struct Tiles {
         if (!more()) return;
         i = recurrence_of(cu, s, slot, tile);
         const RowRange range = device::checked_rows(cu, i, length, nullptr);
-        row = range.begin + (slot - first_tile(cu, i, length, tile)) * tile;
+        const Index first = first_tile(cu, i, length, tile);
+        if (slot < first) slot = first;  // before the first recurrence
+        row = range.begin + (slot - first) * tile;
         end = range.end;
         skip_to_rows();
     }
@@ -366,7 +368,7 @@ __global__ void __launch_bounds__(32 * gradient_channels, 1)
             mine[Layout::powers + i] = from[at.power(first_mode / 4, 0) + i];
     }
 
-    GradientMover<T> mover_u(G, lane.thread, dy_tiles + G * Tile::stride), mover_dy = mover_u;
+    GradientMover<T> mover_u(G, h0, H, lane.thread, dy_tiles + G * Tile::stride), mover_dy = mover_u;
     mover_dy.staging += G * GradientMover<T>::staging_bytes / static_cast<int>(sizeof(typename GradientMover<T>::Unit));
     const bool wide_u = mover_u.wide(run.u, h0, H), wide_dy = mover_dy.wide(dy, h0, H);
     const Index u_offset = mover_u.offset(run.u, run.backwards ? -1 : 1), dy_offset = mover_dy.offset(dy, run.backwards ? -1 : 1);

@@ -1,10 +1,10 @@
 // The chunked method of S4D on the GPU, running a system: a warp takes a channel through time, a tile of 32 chunks at
-// once, as small matrix products on the tensor cores. With X[r] the state that enters chunk r, and u[r] its tokens
-// (docs/ops/s4d.md, eq. 16, 19 and 21; 16 tokens a chunk):
+// once, as small matrix products on the tensor cores. With X[r] the state that enters chunk r, u[r] its T tokens
+// (docs/ops/s4d.md, eq. 16, 19 and 21):
 //
-//     W[r] = sum_s beta A^(15-s) u[r,s]          (32 chunks x 16) times (16 x modes)
-//     X[r+1] = A^16 X[r] + W[r]                  a scan over the 32 chunks, 4 in a thread and 8 across lanes
-//     y[r,t] = sum_s K[t-s] u[r,s] + Re sum_n gamma A^t X[r]     (32 x 16)(16 x 16) + (32 x modes)(modes x 16)
+//     W[r] = sum_s beta A^(T-1-s) u[r,s]         (32 chunks x T) times (T x modes)
+//     X[r+1] = A^T X[r] + W[r]                   a scan over the 32 chunks, 4 in a thread and 8 across lanes
+//     y[r,t] = sum_s K[t-s] u[r,s] + Re sum_n gamma A^t X[r]     (32 x T)(T x T) + (32 x modes)(modes x T)
 //
 // Products run eight modes at a time, so that nothing of the size of the state is kept: what the first product
 // leaves in a thread's registers is what the scan wants (a mode, four chunks in a row), and what the scan leaves
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
 
     const Segment seg = segment_of(run.cu, L, unit, segments, segment_tiles, tile_size, flags);
     const bool whole = segments == 1;
-    TileMover<T, Interleave::by_token> mover(G, lane.thread, tiles + G * Tile::stride);
+    TileMover<T, Interleave::by_token> mover(G, h0, H, lane.thread, tiles + G * Tile::stride);
     const bool wide_u = mover.wide(run.u, h0, H), wide_y = mover.wide(run.y, h0, H);
     const int tile_step = run.backwards ? -1 : 1;
     int k = run.backwards ? seg.last - 1 : seg.first;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
         if (wide_u && left > 1) mover.start(run.u, u_offset, rows, h0, seg.count(k + tile_step));
 
         if (h < H) {
-            if (run.checkpoints) {
+            if (!states_only && run.checkpoints) {
                 complex<A>* const checkpoint = run.checkpoints + ((first_slot + k) * H + h) * N;
 #pragma unroll 1
                 for (int n = lane.index; n < modes; n += 32) checkpoint[n] = {carry[2 * n], carry[2 * n + 1]};
@@ -347,11 +347,7 @@ __global__ void combine_segments_kernel(View<const std::int32_t, 1> cu, Shape sh
     for (int step = 0; step < segments; ++step) {
         const int j = backwards ? segments - 1 - step : step;
         complex<A>& slot = states[((i * segments + j) * H + h) * N + n];
-        c64 power{1.0, 0.0}, square = Abar;
-        for (Index e = tokens(j); e > 0; e /= 2) {
-            if (e % 2) power = power * square;
-            square = square * square;
-        }
+        const c64 power = raise(Abar, tokens(j));
         const c64 added = cast<double>(slot);
         slot = cast<A>(x);
         x = power * x + added;

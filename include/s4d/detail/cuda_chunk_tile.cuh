@@ -183,18 +183,20 @@ struct TileMover {
     Unit* staging;  // in shared memory, tile_tokens / (32 V) a thread: where the next tile waits
     int G, thread;
     int unit, token;  // of 16 bytes, and the first of the span, in the first pass
+    bool there;       // is the unit?
 
-    /// `thread` of 32 G.
-    __device__ TileMover(int channels, int thread_, void* shared)
+    /// `thread` of 32 G, for the channels from h0 of H.
+    __device__ TileMover(int channels, Index h0, Index H, int thread_, void* shared)
         : staging(static_cast<Unit*>(shared) + thread_), G(channels), thread(thread_) {
         const int units = G < V ? 1 : G / V;
         unit = thread % units;
         token = thread / units * span;
+        there = h0 + unit * V < H;
     }
 
-    /// May channels h0 .. h0 + G of x be moved 16 bytes at once?
+    /// May channels h0 .. h0 + G of x, those there are, be moved 16 bytes at once?
     __device__ bool wide(const View<T, 3>& x, Index h0, Index H) const {
-        return x.data && G % V == 0 && h0 + G <= H && x.stride[2] == 1 && x.stride[1] % V == 0 && x.stride[0] % V == 0 &&
+        return x.data && G % V == 0 && (h0 + G <= H || H % V == 0) && x.stride[2] == 1 && x.stride[1] % V == 0 && x.stride[0] % V == 0 &&
                reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
     }
     __device__ bool wide(const View<const T, 3>& x, Index h0, Index H) const {
@@ -225,7 +227,7 @@ struct TileMover {
 #pragma unroll
             for (int s = 0; s < span; ++s) {
                 if (s > 0) p += step;
-                device::copy_async_16(staging + (i * span + s) * 32 * G, p, token + i * pass_tokens + s < count);
+                device::copy_async_16(staging + (i * span + s) * 32 * G, p, there && token + i * pass_tokens + s < count);
             }
     }
     /// Puts the tile in its place, after wait_for_copies.
@@ -276,7 +278,7 @@ struct TileMover {
 #pragma unroll
                 for (int s = 0; s < span; ++s) {
                     if (s > 0) p += step;
-                    if (token + i * pass_tokens + s < count)
+                    if (there && token + i * pass_tokens + s < count)
                         *reinterpret_cast<int4*>(p) = __builtin_bit_cast(int4, out[s]);  // one store, not V
                 }
             }

@@ -17,6 +17,16 @@ INTERSTATE_HD inline c64 exp(c64 z) {
     return {r * std::cos(z.im), r * std::sin(z.im)};
 }
 
+/// base^times
+INTERSTATE_HD inline c64 raise(c64 base, Index times) {
+    c64 power{1.0, 0.0};
+    for (; times > 0; times >>= 1) {
+        if (times & 1) power = power * base;
+        base = base * base;
+    }
+    return power;
+}
+
 /// phi(z) = (e^z - 1)/z and psi(z) = phi'(z) = (e^z (z - 1) + 1)/z^2 (eq. 5). Near zero the closed
 /// forms subtract nearly equal numbers; the series has no such loss and 20 terms reach 1e-17 at |z| = 1.
 INTERSTATE_HD inline void phi_psi(c64 z, c64& phi, c64& psi) {
