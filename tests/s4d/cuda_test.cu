@@ -519,7 +519,11 @@ void run(Checks& checks, bool quick) {
         expect_close<f32, float>(checks, make({.batch = B, .length = L, .channels = H, .modes = N}, 3));
     Case slow = make({.length = 65536, .channels = 3, .modes = 4, .decay = 1e-4}, 31);
     for (double& x : slow.tensors["log_dt"].values) x = -4.6;
-    every_dtype(checks, slow);
+    for (const s4d::Method method : {s4d::Method::chunked, s4d::Method::scan}) {  // in float64 the truth is no better
+        expect_close<f32, float>(checks, slow, {.method = method});
+        expect_close<f16, float>(checks, slow, {.method = method});
+        expect_close<bf16, float>(checks, slow, {.method = method});
+    }
     for (const s4d::Method method : {s4d::Method::chunked, s4d::Method::scan})
         for (const bool bidirectional : {false, true}) {
             in_a_graph<f32>(checks, method, bidirectional);
