@@ -38,7 +38,8 @@ def draw(ours, peers, axis, fixed, x_label, path):
             if points:
                 panel.plot([p[0] for p in points], [p[1] for p in points], style, label=kernel)
             if kernel.endswith("chunked"):
-                panel.plot([p[0] for p in points], [p[2] for p in points], "k:", label="bytes at copy speed")
+                floors = [p for p in points if p[2] > 0]  # a few bytes are rounded to no time
+                panel.plot([p[0] for p in floors], [p[2] for p in floors], "k:", label="bytes at copy speed")
         key = {"N": "modes", "L": "L"}
         points = sorted((r[key[axis]], r["ms"]) for r in peers
                         if r["case"] == peer_case and all(r[key[k]] == v for k, v in fixed.items()))
