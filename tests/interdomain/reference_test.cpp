@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <interdomain/init.hpp>
 #include <interdomain/interdomain.hpp>
 
 #include "interdomain_cases.hpp"
@@ -242,6 +243,45 @@ TEST(InterdomainReference, SizesOfZero) {
             }
         }
     }
+}
+
+/// The four totals of the paper: a softmax model of the same shape, and what each of its layers gains.
+TEST(InterdomainInit, ParameterCountsAreThePaper) {
+    struct Model {
+        Index softmax, published, heads, dim, layers;
+    };
+    for (const Model& m : {Model{134105856, 135416208, 12, 64, 12}, Model{373867520, 377360768, 16, 64, 24},
+                           Model{777856512, 781498752, 16, 96, 24}, Model{1345423360, 1352406784, 32, 64, 24}}) {
+        const interdomain::LayerConfig layer{.query_heads = m.heads, .kv_heads = m.heads, .features = m.dim,
+                                             .value_dim = m.dim, .modes = 64};
+        EXPECT_EQ(m.softmax + m.layers * parameter_count(layer), m.published);
+        EXPECT_EQ(state_size(layer), m.heads * 2 * 64 * 2 * m.dim);
+    }
+}
+
+TEST(InterdomainInit, FillsEveryParameter) {
+    const Index H = 3, M = 5;
+    std::vector<double> log_dt(H), log_neg_re(H * M), im(H * M);
+    std::vector<complex<double>> B(H * M), C(H * M * M);
+    const interdomain::MutableParams<double> params{view(log_dt.data(), {H}), view(log_neg_re.data(), {H, M}),
+                                                    view(im.data(), {H, M}), view(B.data(), {H, M}),
+                                                    view(C.data(), {H, M, M})};
+    ASSERT_TRUE(interdomain::initialize(1, params).ok());
+    double power = 0.0;
+    for (const auto& c : C) power += (c.re * c.re + c.im * c.im) * static_cast<double>(M * M) / static_cast<double>(C.size());
+    EXPECT_NEAR(power, 1.0, 0.5);
+    for (Index h = 0; h < H; ++h) {
+        EXPECT_TRUE(log_dt[h] >= std::log(1e-3) && log_dt[h] <= std::log(1e-1));
+        EXPECT_EQ(log_neg_re[h * M], std::log(0.5));
+        EXPECT_NEAR(im[h * M], 5.0 / std::numbers::pi * 4.0, 1e-14);
+        EXPECT_NEAR(im[h * M + 4], 5.0 / std::numbers::pi * (5.0 / 9.0 - 1.0), 1e-14);
+        EXPECT_TRUE(B[h * M].re == 1.0 && B[h * M].im == 0.0);
+    }
+    EXPECT_NE(log_dt[0], log_dt[1]);
+    auto missing = params;
+    missing.C = {};
+    EXPECT_FALSE(interdomain::initialize(1, missing).ok());
+    EXPECT_FALSE(interdomain::initialize(1, params, 0.0, 1.0).ok());
 }
 
 TEST(InterdomainReference, ErrorsNameTheArgument) {
