@@ -12,4 +12,5 @@
 #include <interstate/workspace.hpp>
 
 #include <attention/attention.hpp>
+#include <interdomain/interdomain.hpp>
 #include <s4d/s4d.hpp>

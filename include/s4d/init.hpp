@@ -7,6 +7,7 @@
 
 #include <Eigen/Eigenvalues>
 
+#include <interstate/random.hpp>
 #include <s4d/params.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -72,24 +73,16 @@ Status initialize(Init init, std::uint64_t seed, const MutableParams<P>& params,
     if (!(dt_min > 0.0) || !(dt_max >= dt_min))
         return Status::error(StatusCode::invalid_argument, "dt_min and dt_max are %g and %g, must be 0 < dt_min <= dt_max",
                              dt_min, dt_max);
-    // splitmix64: small, and the same numbers everywhere (standard distributions are not).
-    auto draw = [state = seed]() mutable {
-        std::uint64_t z = (state += 0x9e3779b97f4a7c15u);
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-        return (static_cast<double>((z ^ (z >> 31)) >> 11) + 0.5) * 0x1.0p-53;
-    };
+    Random64 random(seed);
     const Spectrum s = spectrum(init, N);
     for (Index h = 0; h < H; ++h) {
-        params.log_dt(h) = static_cast<P>(std::log(dt_min) + draw() * (std::log(dt_max) - std::log(dt_min)));
+        params.log_dt(h) = static_cast<P>(std::log(dt_min) + random.uniform() * (std::log(dt_max) - std::log(dt_min)));
         for (Index n = 0; n < N; ++n) {
             const auto at = static_cast<std::size_t>(n);
             params.log_neg_re(h, n) = static_cast<P>(std::log(s.neg_re[at]));
             params.im(h, n) = static_cast<P>(s.im[at]);
             params.B(h, n) = {P(1), P(0)};
-            const double radius = std::sqrt(-std::log(draw()));  // |z|^2 of a unit complex normal is exponential
-            const double angle = 2.0 * std::numbers::pi * draw();
-            params.C(h, n) = {static_cast<P>(radius * std::cos(angle)), static_cast<P>(radius * std::sin(angle))};
+            params.C(h, n) = cast<P>(random.complex_normal());
         }
         if (params.D) params.D(h) = P(1);
     }

@@ -8,19 +8,18 @@
 #include <utility>
 #include <vector>
 
+#include <interstate/random.hpp>
 #include <interstate/verify.hpp>
 
 namespace interstate::test {
 
-/// splitmix64: the same numbers on every platform.
+/// Tensors of random numbers.
 class Random {
   public:
-    explicit Random(std::uint64_t seed) : state_(seed) {}
+    explicit Random(std::uint64_t seed) : numbers_(seed) {}
 
-    double uniform(double low, double high) { return low + (high - low) * unit(); }
-    double normal() {
-        return std::sqrt(-2.0 * std::log(unit())) * std::cos(2.0 * std::numbers::pi * unit());
-    }
+    double uniform(double low, double high) { return low + (high - low) * numbers_.uniform(); }
+    double normal() { return numbers_.normal(); }
 
     HostTensor normal(std::vector<Index> extent, double scale = 1.0) {
         return fill(std::move(extent), [&] { return scale * normal(); });
@@ -30,12 +29,6 @@ class Random {
     }
 
   private:
-    double unit() {
-        std::uint64_t z = (state_ += 0x9e3779b97f4a7c15u);
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-        return (static_cast<double>((z ^ (z >> 31)) >> 11) + 0.5) * 0x1.0p-53;
-    }
     template <class F>
     static HostTensor fill(std::vector<Index> extent, F&& draw) {
         Index n = 1;
@@ -44,7 +37,7 @@ class Random {
         for (Index i = 0; i < n; ++i) t.values.push_back(draw());
         return t;
     }
-    std::uint64_t state_;
+    Random64 numbers_;
 };
 
 namespace detail {

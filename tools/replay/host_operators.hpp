@@ -2,6 +2,7 @@
 #pragma once
 
 #include <attention/attention.hpp>
+#include <interdomain/interdomain.hpp>
 #include <s4d/s4d.hpp>
 
 #include "operators.hpp"
@@ -12,6 +13,12 @@ template <class Exec>
 inline constexpr Entry<Exec> host_operators[] = {
     run_operator<attention::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
+};
+template <>
+inline constexpr Entry<reference> host_operators<reference>[] = {
+    run_operator<attention::Operator, reference>(),
+    run_operator<interdomain::Operator, reference>(),
+    run_operator<s4d::Operator, reference>(),
 };
 
 }  // namespace interstate::tools::replay

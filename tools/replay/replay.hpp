@@ -30,7 +30,7 @@ struct OperatorInfo {
     std::string options;  // what its options take, in words
 };
 
-/// The operators that `reference` and `cpu` run.
+/// The operators that `reference` runs.
 std::vector<OperatorInfo> list_operators();
 
 }  // namespace interstate::tools::replay
