@@ -4,6 +4,7 @@
 // float16 cuts them to tf32, which has its 11 bits; bfloat16 rounds them to bfloat16.
 #pragma once
 
+#include <interstate/cuda/convert.cuh>
 #include <interstate/cuda/mma.cuh>
 #include <s4d/detail/cuda_system.cuh>
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <interstate/cuda/async.cuh>
-#include <interstate/cuda/convert.cuh>
 #include <s4d/detail/cuda_chunk_tables.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
