@@ -18,7 +18,7 @@ namespace s4d {
 namespace detail {
 inline namespace INTERSTATE_KERNELS {
 
-/// The method that a call will run. Chunks win everywhere, from one token on (docs/benchmarks/s4d.md).
+/// The method that a call will run. Chunks beat the scan everywhere, from one token on (docs/benchmarks/s4d.md).
 inline Method cuda_method(const Options& options) {
     return options.method == Method::automatic ? Method::chunked : options.method;
 }

@@ -1,4 +1,6 @@
-// The calls of the cuda executor, in a translation unit that is compiled for two lists of architectures.
+// The calls of the cuda executor, in a translation unit that is compiled for two lists of architectures, with the
+// CPU's kernels in sight.
+#include <s4d/s4d.hpp>
 #include <s4d/s4d.cuh>
 
 using namespace interstate;

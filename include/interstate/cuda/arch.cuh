@@ -10,6 +10,10 @@
 #error "interstate: .cuh headers need nvcc (or clang in CUDA mode); the .hpp headers do not."
 #endif
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "interstate: kernels need compute capability 8.0: pass -arch=sm_80 or newer (nvcc's own default is older)"
+#endif
+
 #include <cuda_runtime.h>
 
 #include <interstate/status.hpp>

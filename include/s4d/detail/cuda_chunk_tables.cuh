@@ -96,10 +96,10 @@ __device__ void put(A* p, complex<A> z) {
     p[0] = z.re;
     p[1] = z.im;
 }
-/// a * x + b
+/// a * x + b. The functions of the global namespace: the CPU kernels have an fma of their own.
 template <class A>
 __device__ complex<A> affine(complex<A> a, complex<A> x, complex<A> b) {
-    return {fma(a.re, x.re, fma(-a.im, x.im, b.re)), fma(a.re, x.im, fma(a.im, x.re, b.im))};
+    return {::fma(a.re, x.re, ::fma(-a.im, x.im, b.re)), ::fma(a.re, x.im, ::fma(a.im, x.re, b.im))};
 }
 
 /// A factor as tables hold it.
