@@ -91,11 +91,14 @@ for file in "$golden"/*.safetensors; do
     if grep -qx "$op" <<<"$listed"; then
         known=$((known + 1))
         results=$(header "$file" | grep -oE '"(out|grad)\.[A-Za-z0-9_]+"' | wc -l)
-        for run in "reference --dtype f64" "cpu --dtype f64" "cpu --dtype f32"; do
+        runs=("reference --dtype f64" "cpu --dtype f64" "cpu --dtype f32")
+        case $file in *interdomain.*) runs=("reference --dtype f64") ;; esac  # no more executors so far
+        for run in "${runs[@]}"; do
             # shellcheck disable=SC2086
             expect 0 --check --exec $run "$file"
             [ "$(grep -c ' ok$' stdout)" -eq "$results" ] || fail "$file: one line a result is expected"
         done
+        ((${#runs[@]} == 1)) && continue
         for dtype in f16 bf16; do expect 0 --check --exec cpu --dtype $dtype "$file"; done
     else
         expect 2 --exec reference --dtype f64 "$file" none.safetensors
