@@ -160,17 +160,19 @@ void visit(Inputs<T, P>& in, const Shape& s, F&& f) {
     f("eta0", in.eta0, {s.states(), s.kv_heads, s.modes}, Need::optional);
     f("cu_seqlens", in.cu_seqlens, {s.sequences + 1}, s.packed() ? Need::required : Need::optional);
 }
+template <class Tensors, class F>
+void visit_outputs(Tensors& t, const Shape& s, F&& f) {
+    f("o", t.o, {s.batch, s.length, s.query_heads, s.value_dim}, Need::required);
+    f("xT", t.xT, {s.states(), s.kv_heads, s.modes, s.columns()}, Need::optional);
+    f("etaT", t.etaT, {s.states(), s.kv_heads, s.modes}, Need::optional);
+}
 template <class T, class F>
 void visit(Outputs<T>& out, const Shape& s, F&& f) {
-    f("o", out.o, {s.batch, s.length, s.query_heads, s.value_dim}, Need::required);
-    f("xT", out.xT, {s.states(), s.kv_heads, s.modes, s.columns()}, Need::optional);
-    f("etaT", out.etaT, {s.states(), s.kv_heads, s.modes}, Need::optional);
+    visit_outputs(out, s, f);
 }
 template <class T, class F>
 void visit(Upstream<T>& up, const Shape& s, F&& f) {
-    f("o", up.o, {s.batch, s.length, s.query_heads, s.value_dim}, Need::required);
-    f("xT", up.xT, {s.states(), s.kv_heads, s.modes, s.columns()}, Need::optional);
-    f("etaT", up.etaT, {s.states(), s.kv_heads, s.modes}, Need::optional);
+    visit_outputs(up, s, f);
 }
 template <class T, class P, class F>
 void visit(Grads<T, P>& g, const Shape& s, F&& f) {

@@ -119,17 +119,6 @@ void store_state(const ReferenceLayout& l, const Shape& s, const c64* x, const V
         }
 }
 
-/// Sets the rows that belong to no packed sequence to zero, in any executor on the host.
-template <class T>
-void zero_outside_sequences(const View<T, 4>& x, const View<const std::int32_t, 1>& cu, const Shape& s) {
-    if (!cu || !x) return;
-    for (Index t = 0; t < s.length; ++t) {
-        if (t >= cu(0) && t < cu(s.sequences)) continue;
-        for (Index h = 0; h < x.extent[2]; ++h)
-            for (Index c = 0; c < x.extent[3]; ++c) x(0, t, h, c) = T(0.0f);
-    }
-}
-
 }  // namespace detail
 
 inline KernelChoice which_kernel(reference, const Options&, const Shape&) {
@@ -141,7 +130,7 @@ inline std::size_t saved_size(reference, const Options&, const Shape&) { return 
 
 inline std::size_t workspace_size(reference, const Options& options, const Shape& shape, pass p) {
     Arena arena;
-    detail::ReferenceLayout(arena, options, shape, p == pass::backward ? p : pass::forward);
+    detail::ReferenceLayout(arena, options, shape, p);
     return arena.required();
 }
 
@@ -157,7 +146,7 @@ Status forward(reference exec, const Options& options, const Inputs<T, P>& in, c
     const detail::ReferenceLayout l(arena, options, s, pass::forward);
     const Index M = s.modes, W = l.width;
 
-    detail::zero_outside_sequences(out.o, in.cu_seqlens, s);
+    zero_outside_sequences(out.o, in.cu_seqlens);
     for (Index h = 0; h < s.kv_heads; ++h) {
         for (Index m = 0; m < M; ++m) l.mode[m] = detail::mode_at(options.disc, in.params, h, m);
         for (Index i = 0; i < s.states(); ++i) {
@@ -194,9 +183,9 @@ Status backward(reference exec, const Options& options, const Inputs<T, P>& in, 
     const Index M = s.modes, W = l.width, state = M * W, R = s.features, d = s.value_dim;
     const Index outputs = options.normalized() ? d + 1 : d;
 
-    detail::zero_outside_sequences(grads.q, in.cu_seqlens, s);
-    detail::zero_outside_sequences(grads.k, in.cu_seqlens, s);
-    detail::zero_outside_sequences(grads.v, in.cu_seqlens, s);
+    zero_outside_sequences(grads.q, in.cu_seqlens);
+    zero_outside_sequences(grads.k, in.cu_seqlens);
+    zero_outside_sequences(grads.v, in.cu_seqlens);
     for (Index h = 0; h < s.kv_heads; ++h) {
         for (Index m = 0; m < M; ++m) {
             l.mode[m] = detail::mode_at(options.disc, in.params, h, m);
@@ -308,7 +297,7 @@ Status step(reference exec, const Options& options, const Discrete<P>& discrete,
     const Shape s = shape_of(discrete, token);
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
     Arena arena(ws.data);
-    const detail::ReferenceLayout l(arena, options, s, pass::forward);
+    const detail::ReferenceLayout l(arena, options, s, pass::step);
     const Index M = s.modes, W = l.width;
     for (Index h = 0; h < s.kv_heads; ++h)
         for (Index b = 0; b < s.batch; ++b) {

@@ -32,4 +32,19 @@ INTERSTATE_HD constexpr RowRange rows_of(const View<const std::int32_t, 1>& cu, 
     return {cu(s), cu(s + 1)};
 }
 
+/// Sets the rows that belong to no packed sequence to zero, on the host: x (1, L, H) or (1, L, H, D), may be null.
+template <class T, int Rank>
+void zero_outside_sequences(const View<T, Rank>& x, const View<const std::int32_t, 1>& cu) {
+    static_assert(Rank == 3 || Rank == 4, "interstate: rows are (H) or (H, D)");
+    if (!cu || !x) return;
+    for (Index t = 0; t < x.extent[1]; ++t) {
+        if (t >= cu(0) && t < cu(cu.extent[0] - 1)) continue;
+        for (Index h = 0; h < x.extent[2]; ++h)
+            if constexpr (Rank == 3)
+                x(0, t, h) = T(0.0f);
+            else
+                for (Index c = 0; c < x.extent[3]; ++c) x(0, t, h, c) = T(0.0f);
+    }
+}
+
 }  // namespace interstate::inline INTERSTATE_ABI

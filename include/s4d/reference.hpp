@@ -29,16 +29,6 @@ struct ReferenceLayout {
           sum(arena.take<double>(s.length)) {}
 };
 
-/// Sets the rows that belong to no packed sequence to zero, in any executor on the host.
-template <class T>
-void zero_outside_sequences(const View<T, 3>& y, const View<const std::int32_t, 1>& cu, const Shape& s) {
-    if (!cu || !y) return;
-    for (Index t = 0; t < s.length; ++t) {
-        if (t >= cu(0) && t < cu(s.sequences)) continue;
-        for (Index h = 0; h < s.channels; ++h) y(0, t, h) = T(0.0f);
-    }
-}
-
 /// Batch row and rows on the length axis of independent recurrence i.
 struct Place {
     Index batch;
@@ -77,7 +67,7 @@ Status forward(reference exec, const Options& options, const Inputs<T, P>& in, c
     const detail::ReferenceLayout w(arena, s, pass::forward);
     using detail::c64;
 
-    detail::zero_outside_sequences(out.y, in.cu_seqlens, s);
+    zero_outside_sequences(out.y, in.cu_seqlens);
     for (Index h = 0; h < s.channels; ++h) {
         for (Index n = 0; n < s.modes; ++n) w.mode[n] = detail::mode_at(options.disc, in.params, h, n);
         const double D = in.params.D ? in.params.D(h) : 0.0;
@@ -123,7 +113,7 @@ Status backward(reference exec, const Options& options, const Inputs<T, P>& in, 
     using detail::c64;
     const Index N = s.modes;
 
-    detail::zero_outside_sequences(grads.u, in.cu_seqlens, s);
+    zero_outside_sequences(grads.u, in.cu_seqlens);
     for (Index h = 0; h < s.channels; ++h) {
         for (Index n = 0; n < N; ++n) {
             w.mode[n] = detail::mode_at(options.disc, in.params, h, n);

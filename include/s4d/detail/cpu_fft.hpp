@@ -189,7 +189,7 @@ void fft_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in
     Arena arena(ws.data);
     const FftLayout<A> w(arena, s, pass::forward, exec.threads, W);
     fft_prepare<A>(exec, options, in.params, s, w, W);
-    zero_outside_sequences(out.y, in.cu_seqlens, s);
+    zero_outside_sequences(out.y, in.cu_seqlens);
     parallel_for(groups * blocks, exec.threads, [&](Index at, int worker) {
         FftTask<T> task = fft_task<T>(exec, s, w, W, at % blocks, worker);
         A* x = task.kernel_values + w.transform_size;
@@ -253,7 +253,7 @@ void fft_backward(const cpu& exec, const Options& options, const Inputs<T, P>& i
     Arena arena(ws.data);
     const FftLayout<A> w(arena, s, pass::backward, exec.threads, W);
     fft_prepare<A>(exec, options, in.params, s, w, W);
-    zero_outside_sequences(grads.u, in.cu_seqlens, s);
+    zero_outside_sequences(grads.u, in.cu_seqlens);
     parallel_for(groups * blocks, exec.threads, [&](Index at, int worker) {
         FftTask<T> task = fft_task<T>(exec, s, w, W, at % blocks, worker);
         A* x = task.kernel_values + w.transform_size;

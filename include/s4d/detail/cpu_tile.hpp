@@ -261,7 +261,7 @@ struct TileLoops {
     /// compute(block, direction, tile) makes tile.y and moves tile.state.
     template <class F>
     void forward(const Outputs<T>& out, F&& compute) const {
-        zero_outside_sequences(out.y, in.cu_seqlens, s);
+        zero_outside_sequences(out.y, in.cu_seqlens);
         parallel_for(s.states() * blocks, exec.threads, [&](Index task, int worker) {
             const Index block = task % blocks;
             A* u = memory.tiles + worker * memory.tiles_size;
@@ -286,7 +286,7 @@ struct TileLoops {
     /// the gradient times `sign`, and adds to tile.sums.
     template <class F>
     void backward(const Upstream<T>& upstream, const Grads<T, P>& grads, double sign, F&& compute) const {
-        zero_outside_sequences(grads.u, in.cu_seqlens, s);
+        zero_outside_sequences(grads.u, in.cu_seqlens);
         const Index groups = backward_groups(s);
         parallel_for(groups * blocks, exec.threads, [&](Index task, int worker) {
             const Index block = task % blocks;
