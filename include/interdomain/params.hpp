@@ -17,10 +17,28 @@ enum class Readout : std::uint8_t { complex_product, real_parts };
 /// Whether o is divided by the same readout of a channel of ones (eq. 6).
 enum class Normalizer : std::uint8_t { none, nadaraya_watson };
 
+/// How forward and backward are computed; all agree to rounding. `chunked`: matrix products within chunks and
+/// with the states between them. `scan`: token by token. `parallel_scan`: chunks, whose states come from an
+/// associative scan. `fft`: convolutions mode by mode, for study. `automatic` takes the fastest that the executor
+/// has for a shape; `which_kernel` says which that is.
+enum class Method : std::uint8_t { automatic, chunked, scan, parallel_scan, fft };
+
+constexpr const char* to_string(Method method) {
+    switch (method) {
+        case Method::automatic: return "automatic";
+        case Method::chunked: return "chunked";
+        case Method::scan: return "scan";
+        case Method::parallel_scan: return "parallel_scan";
+        case Method::fft: return "fft";
+    }
+    return "?";
+}
+
 struct Options {
     Discretization disc = Discretization::zoh;
     Readout readout = Readout::complex_product;
     Normalizer normalizer = Normalizer::none;
+    Method method = Method::automatic;
 
     INTERSTATE_HD constexpr bool normalized() const { return normalizer == Normalizer::nadaraya_watson; }
 };
@@ -34,9 +52,13 @@ inline Status set_option(Options& options, std::string_view name, std::string_vi
     if (name == "normalizer" && value == "none") return options.normalizer = Normalizer::none, Status{};
     if (name == "normalizer" && value == "nadaraya_watson")
         return options.normalizer = Normalizer::nadaraya_watson, Status{};
+    if (name == "method")
+        for (const Method method :
+             {Method::automatic, Method::chunked, Method::scan, Method::parallel_scan, Method::fft})
+            if (value == to_string(method)) return options.method = method, Status{};
     return Status::error(StatusCode::invalid_argument,
                          "option %.*s=%.*s: interdomain takes disc=zoh|raw, readout=complex_product|real_parts, "
-                         "normalizer=none|nadaraya_watson",
+                         "normalizer=none|nadaraya_watson, method=automatic|chunked|scan|parallel_scan|fft",
                          static_cast<int>(name.size()), name.data(), static_cast<int>(value.size()), value.data());
 }
 
