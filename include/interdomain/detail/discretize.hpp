@@ -30,5 +30,21 @@ INTERSTATE_HD inline ModeGrads discretize_backward(Discretization disc, const Mo
     return g;
 }
 
+/// The same from Lam dLam, summed as it is: where Lam is next to zero it could not be had back from dLam.
+INTERSTATE_HD inline ModeGrads discretize_backward_scaled(Discretization disc, const Mode& mode, c64 B, c64 scaled, c64 dBbar) {
+    if (disc == Discretization::raw)
+        return {.log_dt = mode.dt * dot(mode.A, scaled),
+                .log_neg_re = mode.A.re * mode.dt * scaled.re,
+                .im = mode.dt * scaled.im,
+                .B = dBbar};
+    c64 phi, psi;
+    s4d::detail::phi_psi(mode.zeta, phi, psi);
+    const c64 dzeta = scaled + conj(mode.dt * (B * psi)) * dBbar;
+    return {.log_dt = mode.dt * (dot(B * mode.Abar, dBbar) + dot(mode.A, scaled)),
+            .log_neg_re = mode.A.re * mode.dt * dzeta.re,
+            .im = mode.dt * dzeta.im,
+            .B = conj(mode.dt * phi) * dBbar};
+}
+
 }  // namespace interdomain::detail
 }  // namespace interstate::inline INTERSTATE_ABI

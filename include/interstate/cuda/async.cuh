@@ -20,6 +20,18 @@ __device__ inline void copy_async(void* shared, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(bytes) : "memory");
 }
 
+/// Asks for the 128 bytes around `from` to be brought into the second-level cache.
+__device__ inline void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
+/// Ends a group of copies that this thread has started.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/// Waits until at most the last `groups` groups of this thread's copies still fly.
+template <int groups>
+__device__ void wait_for_all_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
 /// Waits for every copy that this thread has started; other threads see them after a barrier.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -161,18 +161,21 @@ __device__ void multiply_add_each(F&& f) {
 /// matrix i / 8. A lane gets of each (row group, columns 2 quad + {0, 1}); transposed, (rows 2 quad + {0, 1},
 /// column group).
 template <bool transposed>
-__device__ void load_matrices(std::uint32_t (&x)[4], const void* row) {
-    const auto from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+__device__ void load_matrices(std::uint32_t (&x)[4], unsigned row) {
     if constexpr (transposed)
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                     : "r"(from)
+                     : "r"(row)
                      : "memory");
     else
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                      : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                     : "r"(from)
+                     : "r"(row)
                      : "memory");
+}
+template <bool transposed>
+__device__ void load_matrices(std::uint32_t (&x)[4], const void* row) {
+    load_matrices<transposed>(x, static_cast<unsigned>(__cvta_generic_to_shared(row)));
 }
 
 }  // namespace device

@@ -1,0 +1,174 @@
+// The chunked method of Interdomain Attention on the GPU: chunks, what is kept for each, and in which order.
+// Equation numbers: docs/ops/interdomain.md, "In chunks" and "CUDA kernels".
+//
+// A complex axis of modes is stored as 8 real parts, then the 8 imaginary ones, in turn: a warp's products then have both
+// parts of a number in one lane. Adjoints are stored as conjugates, which are the gradients that are reported.
+#pragma once
+
+#include <interdomain/detail/discretize.hpp>
+#include <interstate/cuda/launch.cuh>
+#include <interstate/cuda/rows.cuh>
+#include <interstate/cuda/sequences.cuh>
+#include <interstate/workspace.hpp>
+#include <s4d/detail/cuda_system.cuh>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace interdomain::detail::chunks {
+
+/// How a storage dtype is computed with: the element of matrices and states between kernels, what products make of it,
+/// and tokens of a chunk.
+template <class T>
+struct Form;
+template <>
+struct Form<bf16> {
+    using Element = bf16;
+    static constexpr device::Precision precision = device::Precision::bfloat;
+    static constexpr int chunk = 64;
+};
+template <>
+struct Form<f32> {
+    using Element = float;
+    static constexpr device::Precision precision = device::Precision::exact;
+    static constexpr int chunk = 32;
+};
+template <>
+struct Form<f16> {
+    using Element = float;
+    static constexpr device::Precision precision = device::Precision::cut;
+    static constexpr int chunk = 32;
+};
+
+/// Modes, features and value columns, padded to one size.
+inline constexpr int padded = 64;
+
+/// Elements of a chunk's arrays.
+template <class T>
+struct Sizes {
+    static constexpr int chunk = Form<T>::chunk, modes = padded, wide = 2 * padded;
+    static constexpr int tokens = chunk * padded;        // rows of q, k, v or dout
+    static constexpr int coefficients = chunk * wide;    // a, e, w or p; the table of powers
+    static constexpr int state = wide * padded;          // half a state: keys or values
+    static constexpr int mix = padded * wide;            // G or C
+    static constexpr int square = chunk * chunk;         // scores, P, Q
+};
+
+/// Chunks of all recurrences, numbered so that those which can be computed at the same time are neighbours: a dense batch
+/// counts through its rows first; packed sequences come one after the other, and some numbers stay unused.
+struct Slots {
+    View<const std::int32_t, 1> cu{};
+    int length = 0, recurrences = 0;
+
+    /// From a chunk to the next of the same recurrence.
+    INTERSTATE_HD int stride() const { return cu ? 1 : recurrences; }
+};
+inline Slots slots_of(const Shape& s, const View<const std::int32_t, 1>& cu) {
+    return {cu, static_cast<int>(s.length), static_cast<int>(s.states())};
+}
+inline Index slot_count(const Shape& s, int chunk) {
+    if (s.states() == 0) return 0;
+    return s.packed() ? s.length / chunk + s.sequences : s.batch * std::max<Index>(ceil_div(s.length, chunk), 1);
+}
+
+/// The slots of one launch: workspace holds the chunks of a slice at a time.
+struct Slice {
+    int begin, end;
+};
+
+inline namespace INTERSTATE_KERNELS {
+
+/// A chunk of `size` tokens: which recurrence, how far in it, its rows.
+template <int size>
+struct Chunk {
+    int recurrence, index, count_of_chunks, begin, end;  // begin, end: rows of the recurrence
+    __device__ Chunk(const Slots& slots, int slot, std::uint32_t* flags = nullptr) {
+        if (slots.cu) {
+            const s4d::Shape shape{.batch = 1, .length = slots.length, .sequences = slots.recurrences};
+            recurrence = static_cast<int>(s4d::detail::recurrence_of(slots.cu, shape, slot, size));
+            index = slot - static_cast<int>(s4d::detail::first_tile(slots.cu, recurrence, slots.length, size));
+            const RowRange range = device::checked_rows(slots.cu, recurrence, slots.length, flags);
+            begin = static_cast<int>(range.begin);
+            end = static_cast<int>(range.end);
+            batch_ = 0;
+        } else {
+            index = static_cast<int>(static_cast<unsigned>(slot) / static_cast<unsigned>(slots.recurrences));
+            recurrence = batch_ = slot - index * slots.recurrences;
+            begin = 0;
+            end = slots.length;
+        }
+        count_of_chunks = static_cast<int>((static_cast<unsigned>(end - begin) + size - 1) / size);
+    }
+    /// What a slot has where none is left.
+    __device__ Chunk() : recurrence(0), index(-1), count_of_chunks(0), begin(0), end(0), batch_(0) {}
+    __device__ bool exists() const { return index >= 0 && index < count_of_chunks; }
+    __device__ Index batch() const { return batch_; }
+    __device__ int row() const { return begin + index * size; }
+    __device__ int rows() const { return end - row() < size ? end - row() : size; }
+
+  private:
+    int batch_;
+};
+
+/// The chunks of a block: those of every `parts`-th slot of a slice that have any rows.
+template <int size>
+struct ChunkList {
+    const Slots& slots;
+    int end, parts, slot;  // slot: of `chunk`, or at least `end`
+    Chunk<size> chunk;
+    __device__ ChunkList(const Slots& slots_, const Slice& slice)
+        : slots(slots_), end(slice.end), parts(static_cast<int>(gridDim.x)), slot(slice.begin + static_cast<int>(blockIdx.x) - parts) {
+        next();
+    }
+    __device__ bool more() const { return slot < end; }
+    __device__ void next() {
+        do {
+            slot += parts;
+            if (slot < end) chunk = Chunk<size>(slots, slot);
+        } while (slot < end && !chunk.exists());
+    }
+};
+
+/// Rounds what becomes a factor of products: where the unit cuts low bits, cutting would be a bias.
+template <class T>
+__device__ float factor(float x) {
+    if constexpr (Form<T>::precision == device::Precision::cut) {
+        std::uint32_t y;
+        asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+        return __uint_as_float(y);
+    }
+    return x;
+}
+template <class T>
+__device__ void put_factors(typename Form<T>::Element* to, float x, float y) {
+    device::put_pair(to, factor<T>(x), factor<T>(y));
+}
+
+/// Who a thread is.
+struct Lane {
+    int warp, index, group, quad;
+    __device__ Lane()
+        : warp(static_cast<int>(threadIdx.x / 32)),
+          index(static_cast<int>(threadIdx.x % 32)),
+          group(static_cast<int>(threadIdx.x % 32 / 4)),
+          quad(static_cast<int>(threadIdx.x % 4)) {}
+};
+
+}  // namespace INTERSTATE_KERNELS
+
+/// What kernels share of a key/value head: powers Lam^n, n = 0 .. chunk, in float64 and float32 (chunk + 1, modes);
+/// table[j] = Lam^(chunk - 1 - j) Bbar (chunk, 2 modes); mix, conj(C^T C) or, for real_parts, C (modes, 2 modes).
+template <class T>
+struct Tables {
+    using E = typename Form<T>::Element;
+    complex<double>* powers64;
+    complex<float>* powers;
+    E *table, *mix;
+    Tables(Arena& arena, const Shape& s)
+        : powers64(arena.take<complex<double>>(s.kv_heads * power_size)),
+          powers(arena.take<complex<float>>(s.kv_heads * power_size)),
+          table(arena.take<E>(s.kv_heads * Sizes<T>::coefficients)),
+          mix(arena.take<E>(s.kv_heads * Sizes<T>::mix)) {}
+    static constexpr Index power_size = (Sizes<T>::chunk + 1) * padded;
+};
+
+}  // namespace interdomain::detail::chunks
+}  // namespace interstate::inline INTERSTATE_ABI

@@ -1,0 +1,256 @@
+// The chunked method of Interdomain Attention on the GPU: which kernels run, over which slices of the sequences, and what
+// is kept for backward. Memory and cost: docs/ops/interdomain.md, "CUDA kernels".
+#pragma once
+
+#include <numeric>
+
+#include <interdomain/detail/cuda_chunk_backward.cuh>
+#include <interdomain/detail/cuda_chunk_output.cuh>
+#include <interdomain/detail/cuda_chunk_sweep.cuh>
+#include <interdomain/detail/cuda_chunk_tables.cuh>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace interdomain::detail::chunks {
+inline namespace INTERSTATE_KERNELS {
+
+inline bool supports(const Options& options, const Shape& s) {
+    return s.dtype != DType::f64 && !options.normalized() && s.modes <= padded && s.features <= padded && s.value_dim <= padded &&
+           s.query_heads <= 65535 && slot_count(s, Form<f32>::chunk) <= 0x7fffffff;
+}
+
+/// How a call is cut: chunks between kernels wait in workspace, so a slice of them is computed at a time.
+template <class T>
+struct Plan {
+    using E = typename Form<T>::Element;
+    using S = Sizes<T>;
+    Index slots, slots_of_slice, slices, carriers;
+    // Blocks a head: enough for every multiprocessor of a large GPU, and no more sums than that.
+    Index output_parts, query_parts, token_parts;
+
+    explicit Plan(const Shape& s) {
+        slots = slot_count(s, S::chunk);
+        carriers = s.packed() ? 1 : s.batch;
+        const auto bytes = [&](Index elements) { return static_cast<double>(elements) * sizeof(E); };
+        const double of_slot = bytes(s.kv_heads * 4 * S::state + s.query_heads * 2 * (S::coefficients + S::square));
+        const double tensors = 2.0 * static_cast<double>(sizeof(T)) * static_cast<double>(s.batch * s.length) *
+                               static_cast<double>((s.query_heads + s.kv_heads) * s.columns());
+        // A third of all inputs, outputs and gradients, or what is little anyway.
+        const double room = std::max(0.36 * tensors, 0x1p26);
+        const Index rows = s.packed() ? 1 : std::max<Index>(s.batch, 1);
+        slots_of_slice = static_cast<Index>(room / std::max(of_slot, 1.0)) / rows * rows;
+        slots_of_slice = std::max(rows, std::min(slots_of_slice, slots));
+        constexpr Index multiprocessors = 132;
+        const auto parts = [&](Index blocks, Index heads) { return std::min(std::max<Index>(blocks / std::max<Index>(heads, 1), 1), slots_of_slice); };
+        output_parts = parts(2 * multiprocessors, s.query_heads);
+        query_parts = parts(multiprocessors, s.query_heads);
+        token_parts = parts(2 * multiprocessors, s.kv_heads);
+        // Slices of equal size, in which the blocks of a head have equally many chunks.
+        if (slots > slots_of_slice) {
+            const Index whole = rows * output_parts / std::gcd(rows, output_parts), equal = ceil_div(slots, ceil_div(slots, slots_of_slice));
+            const Index unit = whole <= equal ? whole : rows;
+            slots_of_slice = ceil_div(equal, unit) * unit;
+        }
+        slices = ceil_div(slots, slots_of_slice);
+    }
+    Slice slice(Index i) const {
+        return {static_cast<int>(i * slots_of_slice), static_cast<int>(std::min((i + 1) * slots_of_slice, slots))};
+    }
+    Index border_size(const Shape& s) const { return carriers * s.kv_heads * 2 * S::state; }
+};
+
+/// States at the borders between slices, from forward for backward.
+template <class T>
+struct Borders {
+    float* states;
+    Borders(Arena& arena, const Plan<T>& plan, const Shape& s)
+        : states(arena.take<float>(std::max<Index>(plan.slices - 1, 0) * plan.border_size(s))) {}
+};
+
+template <class T>
+struct Layout {
+    using E = typename Form<T>::Element;
+    using S = Sizes<T>;
+    Plan<T> plan;
+    Tables<T> tables;
+    E* states;
+    float* borders[2];
+    // backward
+    E *adjoints, *scaled, *weights;
+    PartialSums<T> query, token;
+
+    Layout(Arena& arena, const Shape& s, pass p) : plan(s), tables(arena, s) {
+        const Index slots = plan.slots_of_slice, backward = p == pass::backward ? 1 : 0;
+        states = arena.take<E>(slots * s.kv_heads * 2 * S::state);
+        for (float*& border : borders) border = arena.take<float>(plan.border_size(s));
+        adjoints = arena.take<E>(backward * slots * s.kv_heads * 2 * S::state);
+        scaled = arena.take<E>(backward * slots * s.query_heads * 2 * S::coefficients);
+        weights = arena.take<E>(backward * slots * s.query_heads * 2 * S::square);
+        const auto sums = [&](Index parts, bool mix) {
+            return PartialSums<T>{arena.take<float>(parts * PartialSums<T>::lag_size),
+                                  arena.take<complex<float>>(mix ? parts * PartialSums<T>::mix_size : 0),
+                                  arena.take<complex<float>>(parts * padded)};
+        };
+        query = sums(backward * s.query_heads * plan.query_parts, true);
+        token = sums(backward * s.kv_heads * plan.token_parts, false);
+    }
+};
+
+/// Calls f(T{}) for the dtypes that have a form.
+template <class F>
+std::size_t with_form(const Shape& s, F&& f) {
+    switch (s.dtype) {
+        case DType::f32: return f(f32{});
+        case DType::f16: return f(f16{});
+        case DType::bf16: return f(bf16{});
+        default: return 0;
+    }
+}
+inline std::size_t saved_size(const Options&, const Shape& s) {
+    return with_form(s, [&]<class T>(T) {
+        Arena arena;
+        Borders<T>(arena, Plan<T>(s), s);
+        return arena.required();
+    });
+}
+inline std::size_t workspace_size(const Options&, const Shape& s, pass p) {
+    return with_form(s, [&]<class T>(T) {
+        Arena arena;
+        Layout<T>(arena, s, p);
+        return arena.required();
+    });
+}
+
+/// The run of X over a slice.
+template <class T, class P>
+Sweep<T> states_sweep(const cuda& exec, const Inputs<T, P>& in, const Shape& s, const Layout<T>& w, Index slice, const float* carry_in,
+                      float* carry_out) {
+    return {.slots = slots_of(s, in.cu_seqlens),
+            .slice = w.plan.slice(slice),
+            .group = static_cast<int>(s.group()),
+            .modes = static_cast<int>(s.modes),
+            .features = static_cast<int>(s.features),
+            .half = {{in.k, device::moves_wide(in.k, s.features)}, {in.v, device::moves_wide(in.v, s.value_dim)}},
+            .initial = in.x0,
+            .carry_in = carry_in,
+            .carry_out = carry_out,
+            .states = w.states,
+            .flags = exec.flags};
+}
+
+template <class T, class P>
+Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved, Workspace ws) {
+    const Shape s = shape_of(in);
+    Arena arena(ws.data), saved_arena(saved.data);
+    const Layout<T> w(arena, s, pass::forward);
+    const Borders<T> kept(saved_arena, w.plan, s);
+    INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.o, in.cu_seqlens));
+    if (w.plan.slots == 0 || s.kv_heads == 0) return {};
+    INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.tables));
+    const Index border = w.plan.border_size(s);
+    const float* carry_in = nullptr;
+    for (Index i = 0; i < w.plan.slices; ++i) {
+        float* const carry_out = i + 1 == w.plan.slices ? nullptr : saved.data ? kept.states + i * border : w.borders[i % 2];
+        Sweep<T> sweep = states_sweep(exec, in, s, w, i, carry_in, carry_out);
+        sweep.final = out.xT;
+        INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, false>(exec, sweep, w.tables, s.kv_heads)));
+        carry_in = carry_out;
+        const ChunkOutput<T> run{.slots = sweep.slots,
+                                 .slice = sweep.slice,
+                                 .group = static_cast<int>(s.group()),
+                                 .q = in.q,
+                                 .k = in.k,
+                                 .v = in.v,
+                                 .o = out.o,
+                                 .wide_q = device::moves_wide(in.q, s.features),
+                                 .wide_k = sweep.half[0].wide,
+                                 .wide_v = sweep.half[1].wide,
+                                 .wide_o = device::moves_wide(out.o, s.value_dim),
+                                 .states = w.states};
+        INTERSTATE_RETURN_IF_ERROR(launch_output(exec, options, run, w.tables, s.query_heads, w.plan.output_parts));
+    }
+    return {};
+}
+
+template <class T, class P>
+Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>& in, Saved saved, const Upstream<T>& upstream,
+                    const Grads<T, P>& grads, Workspace ws) {
+    const Shape s = shape_of(in);
+    Arena arena(ws.data), saved_arena(saved.data);
+    const Layout<T> w(arena, s, pass::backward);
+    const Borders<T> kept(saved_arena, w.plan, s);
+    INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.q, in.cu_seqlens));
+    INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.k, in.cu_seqlens));
+    INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.v, in.cu_seqlens));
+    if (s.kv_heads == 0) return {};
+    INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.tables));
+    const Index border = w.plan.border_size(s);
+    const float* adjoint_in = nullptr;
+    ChunkBackward<T> run{.slots = slots_of(s, in.cu_seqlens),
+                         .group = static_cast<int>(s.group()),
+                         .q = in.q,
+                         .k = in.k,
+                         .v = in.v,
+                         .dout = upstream.o,
+                         .dq = grads.q,
+                         .dk = grads.k,
+                         .dv = grads.v,
+                         .wide_q = device::moves_wide(in.q, s.features),
+                         .wide_k = device::moves_wide(in.k, s.features),
+                         .wide_v = device::moves_wide(in.v, s.value_dim),
+                         .wide_dout = device::moves_wide(upstream.o, s.value_dim),
+                         .wide_dq = device::moves_wide(grads.q, s.features),
+                         .wide_dk = device::moves_wide(grads.k, s.features),
+                         .wide_dv = device::moves_wide(grads.v, s.value_dim),
+                         .states = w.states,
+                         .adjoints = w.adjoints,
+                         .scaled = w.scaled,
+                         .weights = w.weights};
+    for (Index i = w.plan.slices - 1; i >= 0; --i) {
+        run.slice = w.plan.slice(i);
+        run.first = i == w.plan.slices - 1;
+        const Sweep<T> states = states_sweep(exec, in, s, w, i, i == 0 ? nullptr : kept.states + (i - 1) * border, nullptr);
+        INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, false>(exec, states, w.tables, s.kv_heads)));
+
+        run.sums = w.query;
+        INTERSTATE_RETURN_IF_ERROR(launch(
+            exec, "query_gradient_kernel",
+            options.readout == Readout::real_parts ? query_gradient_kernel<T, true> : query_gradient_kernel<T, false>,
+            {dim3(static_cast<unsigned>(w.plan.query_parts), static_cast<unsigned>(s.query_heads)), dim3(query_threads), sizeof(QueryShared<T>)},
+            run, w.tables));
+
+        Sweep<T> adjoint = states;
+        adjoint.half[0] = {in.q, run.wide_q};
+        adjoint.half[1] = {upstream.o, run.wide_dout};
+        adjoint.scaled = w.scaled;
+        adjoint.initial = upstream.xT;
+        adjoint.final = grads.x0;
+        adjoint.carry_in = adjoint_in;
+        adjoint.carry_out = i == 0 ? nullptr : w.borders[i % 2];
+        adjoint.states = w.adjoints;
+        adjoint_in = adjoint.carry_out;
+        INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, true>(exec, adjoint, w.tables, s.kv_heads)));
+
+        run.sums = w.token;
+        INTERSTATE_RETURN_IF_ERROR(launch(
+            exec, "token_gradient_kernel", token_gradient_kernel<T>,
+            {dim3(static_cast<unsigned>(w.plan.token_parts), static_cast<unsigned>(s.kv_heads)), dim3(token_threads), sizeof(TokenShared<T>)},
+            run, w.tables));
+    }
+
+    // Without any slice there are no parts to add: the sums are zero.
+    const Index query_parts = w.plan.slices > 0 ? s.group() * w.plan.query_parts : 0, token_parts = w.plan.slices > 0 ? w.plan.token_parts : 0;
+    const auto& g = grads.params;
+    if (g.log_dt || g.log_neg_re || g.im || g.B)
+        INTERSTATE_RETURN_IF_ERROR(launch(exec, "finish_parameters_kernel", finish_parameters_kernel<T, P>,
+                                          {dim3(static_cast<unsigned>(s.kv_heads)), dim3(finish_threads)}, options.disc, in.params, s.modes,
+                                          w.tables, w.query, query_parts, w.token, token_parts, g));
+    if (g.C)
+        INTERSTATE_RETURN_IF_ERROR(launch(exec, "finish_mix_kernel", finish_mix_kernel<T, P>,
+                                          {dim3(static_cast<unsigned>(s.kv_heads), padded / finish_rows), dim3(finish_threads)},
+                                          options.readout, in.params.C, s.modes, w.query, query_parts, g.C));
+    return {};
+}
+
+}  // namespace INTERSTATE_KERNELS
+}  // namespace interdomain::detail::chunks
+}  // namespace interstate::inline INTERSTATE_ABI
