@@ -22,12 +22,25 @@ __device__ inline RowRange checked_rows(const View<const std::int32_t, 1>& cu, I
 }  // namespace device
 
 inline namespace INTERSTATE_KERNELS {
-/// Sets the rows of x (1, L, H) that belong to no packed sequence to zero. One block a row.
-template <class T>
-__global__ void zero_outside_sequences_kernel(View<T, 3> x, View<const std::int32_t, 1> cu) {
+/// Sets the rows of x, (1, L, H) or (1, L, H, D), that belong to no packed sequence to zero. One block a row.
+template <class T, int Rank>
+__global__ void zero_outside_sequences_kernel(View<T, Rank> x, View<const std::int32_t, 1> cu) {
+    static_assert(Rank == 3 || Rank == 4, "interstate: rows are (H) or (H, D)");
     const Index t = blockIdx.x;
     if (t >= cu(0) && t < cu(cu.extent[0] - 1)) return;
-    for (Index h = threadIdx.x; h < x.extent[2]; h += blockDim.x) x(0, t, h) = T(0.0f);
+    if constexpr (Rank == 3)
+        for (Index h = threadIdx.x; h < x.extent[2]; h += blockDim.x) x(0, t, h) = T(0.0f);
+    else
+        for (Index h = 0; h < x.extent[2]; ++h)
+            for (Index c = threadIdx.x; c < x.extent[3]; c += blockDim.x) x(0, t, h, c) = T(0.0f);
+}
+
+/// The same as a call; nothing to do without cu_seqlens or for a null or empty x.
+template <class T, int Rank>
+Status zero_outside(const cuda& exec, const View<T, Rank>& x, const View<const std::int32_t, 1>& cu) {
+    if (!cu || !x || x.size() == 0) return {};
+    return launch(exec, "zero_outside_sequences_kernel", zero_outside_sequences_kernel<T, Rank>,
+                  {dim3(static_cast<unsigned>(x.extent[1])), dim3(128)}, x, cu);
 }
 
 /// Sets flag_bad_cu_seqlens where the only offset leaves [0, length].

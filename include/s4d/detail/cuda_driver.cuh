@@ -75,13 +75,6 @@ Status run_halves(const cuda& exec, const Options& options, const Params<P>& par
     return run_half(Half::causal, causal);
 }
 
-template <class T>
-Status zero_outside(const cuda& exec, const View<T, 3>& y, const View<const std::int32_t, 1>& cu, const Shape& s) {
-    if (!cu || !y || s.channels == 0) return {};
-    return launch(exec, "zero_outside_sequences_kernel", zero_outside_sequences_kernel<T>,
-                  {dim3(static_cast<unsigned>(s.length)), dim3(128)}, y, cu);
-}
-
 template <class T, class Method, class P>
 Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
                    Workspace ws) {
@@ -89,7 +82,7 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
     Arena arena(ws.data), saved_arena(saved.data);
     const DriverLayout<T, Method> w(arena, s, pass::forward);
     const SavedStates<T, Method> states(saved_arena, s);
-    INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.y, in.cu_seqlens, s));
+    INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.y, in.cu_seqlens));
     if (s.states() == 0 || s.channels == 0) return {};
     return run_halves(exec, options, in.params, w, false,
                       SystemRun<T>{.u = in.u, .y = out.y, .cu = in.cu_seqlens, .initial = in.x0, .final = out.xT, .shape = s},
@@ -105,7 +98,7 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
     const SavedStates<T, Method> states(saved_arena, s);
     const auto& g = grads.params;
     const bool params = g.log_dt || g.log_neg_re || g.im || g.B || g.C || g.D || g.C_reverse;
-    INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.u, in.cu_seqlens, s));
+    INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.u, in.cu_seqlens));
     if (s.channels == 0) return {};
 
     INTERSTATE_RETURN_IF_ERROR(run_halves(
