@@ -14,9 +14,9 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # Sections of benchmarks/peers/torch_gpu.py that stand beside our kernels.
-peers=(s4d s4d_sweep)
+peers=(s4d s4d_sweep interdomain)
 # Operators with a cuda executor, whose golden cases are replayed on it.
-golden=(s4d)
+golden=(interdomain s4d)
 
 build() {
     cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON -DINTERSTATE_BUILD_TOOLS=ON -DINTERSTATE_BUILD_EXAMPLES=OFF &&
@@ -63,6 +63,8 @@ run() {
     for op in "${golden[@]}"; do
         for file in tests/golden/"$op".*.safetensors; do
             for dtype in f64 f32 f16 bf16; do
+                # Its denominator changes sign: rounding the inputs alone moves the results by percents.
+                [[ $file == *.nadaraya_watson.* && $dtype != f64 ]] && continue
                 lines=1 step "golden.$(basename "$file" .safetensors).$dtype" \
                     "$dir/replay" --check --exec cuda --dtype "$dtype" "$file"
             done

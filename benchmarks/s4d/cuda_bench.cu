@@ -8,7 +8,6 @@
 // chunked form needs at this run's tensor-core rate (docs/ops/s4d.md, "What it costs").
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #include <interstate/verify.cuh>
@@ -23,46 +22,15 @@
 namespace {
 
 using namespace interstate;
+using bench::Ceilings;
+using bench::check;
 using bench::DeviceArray;
+using bench::random_unit;
+using bench::RandomArray;
 using s4d::Method;
-
-void check(const Status& s) {
-    if (s.ok()) return;
-    std::fprintf(stderr, "%s\n", s.message());
-    std::exit(1);
-}
-
-struct Ceilings {
-    double copy_gbps, tf32_tflops, bf16_tflops, f64_tflops;
-};
 
 struct Sizes {
     Index B, L, H, N;
-};
-
-/// The i-th number in [0, 1) of a sequence.
-INTERSTATE_HD double random_unit(std::uint64_t i) {
-    std::uint64_t z = i * 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1.0p-53;
-}
-
-template <class T>
-__global__ void fill_kernel(T* x, Index count, std::uint64_t first) {
-    const Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < count) x[i] = T(random_unit(first + static_cast<std::uint64_t>(i)) - 0.5);
-}
-
-/// Device memory of numbers in [-1/2, 1/2); no two arrays the same.
-template <class T>
-class RandomArray : public DeviceArray<T> {
-  public:
-    RandomArray(Index count, int array) : DeviceArray<T>(static_cast<std::size_t>(count)) {
-        fill_kernel<<<static_cast<unsigned>(ceil_div(count, 256)), 256>>>(this->data(), count,
-                                                                          static_cast<std::uint64_t>(array) << 40);
-        bench::check(cudaGetLastError(), "fill_kernel");
-    }
 };
 
 /// Parameters of the published initialisation, in device memory, and room for their gradients.
@@ -173,12 +141,7 @@ void measure(const Layer<T>& layer, const Exec& exec, Method method, const Case&
     visit(few_grads, shape, gradients);
     check(outputs.status);
     check(gradients.status);
-    const std::vector<TensorError> errors = compare(got, truth);
-    const TensorError* worst = &errors.front();
-    for (const TensorError& e : errors) {
-        if (!e.finite) check(Status::error(StatusCode::device_error, "%s is not finite", e.name.c_str()));
-        if (e.relative > worst->relative) worst = &e;
-    }
+    const bench::Errors errors(got, truth);
 
     in.x0 = {};
     out.xT = {};
@@ -190,24 +153,17 @@ void measure(const Layer<T>& layer, const Exec& exec, Method method, const Case&
     const double tokens = static_cast<double>(layer.tokens()), tensor = tokens * sizeof(T), n = static_cast<double>(N);
     // What the chunked form computes with (docs/ops/s4d.md, "What it costs").
     const double products = std::is_same_v<T, f32> ? 3.0 : 1.0, chunk = std::is_same_v<T, bf16> ? 32.0 : 16.0;
-    const double tflops = sizeof(T) == 8             ? ceilings.f64_tflops
-                          : std::is_same_v<T, bf16> ? ceilings.bf16_tflops
-                                                     : ceilings.tf32_tflops;
+    const double tflops = ceilings.tflops<T>();
     const auto bytes_ms = [&](double tensors) { return tensors * tensor / ceilings.copy_gbps * 1e-6; };
     const auto product_ms = [&](double macs) { return 2.0 * macs * tokens * products / tflops * 1e-9; };
     std::printf("{\"op\":\"s4d\",\"kernel\":\"%s\",\"dtype\":\"%s\",\"B\":%lld,\"L\":%lld,\"H\":%lld,\"N\":%lld,"
                 "\"forward_ms\":%.4f,\"both_ms\":%.4f,\"floor_bytes_ms\":%.4f,\"floor_products_ms\":%.4f,"
-                "\"both_floor_bytes_ms\":%.4f,\"both_floor_products_ms\":%.4f,\"memory_ratio\":%.3f,"
-                "\"error\":%.2e,\"error_of\":\"%s\",\"errors\":{",
+                "\"both_floor_bytes_ms\":%.4f,\"both_floor_products_ms\":%.4f,\"memory_ratio\":%.3f,",
                 which_kernel(exec, options, shape).name, to_string(dtype_of<T>), static_cast<long long>(B),
                 static_cast<long long>(L), static_cast<long long>(H), static_cast<long long>(N), forward_ms, both_ms,
                 bytes_ms(2), product_ms(4 * n + chunk / 2), bytes_ms(5), product_ms(12 * n + 1.5 * chunk),
-                1.0 + static_cast<double>(ws.size + saved.size + plans) / (4.0 * tensor), worst->relative,
-                worst->name.c_str());
-    for (const TensorError& e : errors)
-        std::printf("%s\"%s\":%.2e", &e == &errors.front() ? "" : ",", e.name.c_str(), e.relative);
-    std::printf("}}\n");
-    std::fflush(stdout);
+                1.0 + static_cast<double>(ws.size + saved.size + plans) / (4.0 * tensor));
+    errors.print();
 }
 
 #if INTERSTATE_BENCH_CUFFT
@@ -248,13 +204,7 @@ int main(int argc, char** argv) {
         std::printf("skipped: no device\n");
         return 77;
     }
-    cudaDeviceProp device;
-    bench::check(cudaGetDeviceProperties(&device, 0), "device");
-    const Ceilings c{bench::copy_gbps(), bench::peak_tflops<bench::Tf32Mma>(), bench::peak_tflops<bench::Bf16Mma>(),
-                     bench::peak_tflops<bench::DoubleMma>()};
-    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f,\"mma_tf32_TFLOPs\":%.1f,"
-                "\"mma_bf16_TFLOPs\":%.1f,\"mma_f64_TFLOPs\":%.1f}\n",
-                device.name, c.copy_gbps, bench::peak_tflops<bench::FloatFma>(), c.tf32_tflops, c.bf16_tflops, c.f64_tflops);
+    const Ceilings c = bench::measure_ceilings();
     run<f32>({8, 16384, 512, 32}, {Method::chunked, Method::scan, Method::fft}, c);
     run<bf16>({8, 16384, 512, 32}, {Method::chunked}, c);
     run<f16>({8, 16384, 512, 32}, {Method::chunked}, c);

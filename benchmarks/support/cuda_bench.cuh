@@ -1,7 +1,8 @@
-// Timing on the device: medians of CUDA events, the copy ceiling of the same run, JSON lines out.
+// Timing on the device: medians of CUDA events, the copy ceiling of the same run, random tensors, JSON lines out.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -9,12 +10,20 @@
 #include <cuda_runtime.h>
 
 #include <interstate/cuda/mma.cuh>
+#include <interstate/dispatch.hpp>
+#include <interstate/verify.hpp>
 
 namespace interstate::bench {
 
 inline void check(cudaError_t e, const char* what) {
     if (e == cudaSuccess) return;
     std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(e));
+    std::exit(1);
+}
+
+inline void check(const Status& s) {
+    if (s.ok()) return;
+    std::fprintf(stderr, "%s\n", s.message());
     std::exit(1);
 }
 
@@ -35,6 +44,54 @@ class DeviceArray {
   private:
     T* data_ = nullptr;
     std::size_t size_ = 0;
+};
+
+/// The i-th number in [0, 1) of a sequence.
+INTERSTATE_HD inline double random_unit(std::uint64_t i) {
+    std::uint64_t z = i * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1.0p-53;
+}
+
+template <class T>
+__global__ void fill_kernel(T* x, Index count, std::uint64_t first) {
+    const Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < count) x[i] = T(random_unit(first + static_cast<std::uint64_t>(i)) - 0.5);
+}
+
+/// Device memory of numbers in [-1/2, 1/2); no two arrays the same.
+template <class T>
+class RandomArray : public DeviceArray<T> {
+  public:
+    RandomArray(Index count, int array) : DeviceArray<T>(static_cast<std::size_t>(count)) {
+        fill_kernel<<<static_cast<unsigned>(ceil_div(count, 256)), 256>>>(this->data(), count,
+                                                                          static_cast<std::uint64_t>(array) << 40);
+        check(cudaGetLastError(), "fill_kernel");
+    }
+};
+
+/// Errors of a call against the truth, and the largest; stops where one is not finite.
+struct Errors {
+    std::vector<TensorError> all;
+    const TensorError* worst;
+
+    Errors(const Case& got, const Case& truth) : all(compare(got, truth)), worst(&all.front()) {
+        for (const TensorError& e : all) {
+            if (!e.finite) check(Status::error(StatusCode::device_error, "%s is not finite", e.name.c_str()));
+            if (e.relative > worst->relative) worst = &e;
+        }
+    }
+    Errors(const Errors&) = delete;
+    Errors& operator=(const Errors&) = delete;
+
+    /// The end of a JSON line.
+    void print() const {
+        std::printf("\"error\":%.2e,\"error_of\":\"%s\",\"errors\":{", worst->relative, worst->name.c_str());
+        for (const TensorError& e : all) std::printf("%s\"%s\":%.2e", &e == &all.front() ? "" : ",", e.name.c_str(), e.relative);
+        std::printf("}}\n");
+        std::fflush(stdout);
+    }
 };
 
 /// Median milliseconds of f() after a warm-up: of 20 runs, or of as many, 5 at least, as fit into 300 ms.
@@ -131,6 +188,26 @@ double peak_tflops() {
     const double ms = milliseconds([&] { peak_kernel<Operation, chains><<<blocks, threads>>>(out.data(), iterations); });
     check(cudaGetLastError(), "peak_kernel");
     return Operation::flops * blocks * threads * static_cast<double>(iterations) * chains / ms * 1e-9;
+}
+
+/// What this run's device can do at most, printed as the first line.
+struct Ceilings {
+    double copy_gbps, tf32_tflops, bf16_tflops, f64_tflops;
+
+    /// Of the products that storage T is computed with.
+    template <class T>
+    double tflops() const {
+        return sizeof(T) == 8 ? f64_tflops : std::is_same_v<T, bf16> ? bf16_tflops : tf32_tflops;
+    }
+};
+inline Ceilings measure_ceilings() {
+    cudaDeviceProp device;
+    check(cudaGetDeviceProperties(&device, 0), "device");
+    const Ceilings c{copy_gbps(), peak_tflops<Tf32Mma>(), peak_tflops<Bf16Mma>(), peak_tflops<DoubleMma>()};
+    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f,\"mma_tf32_TFLOPs\":%.1f,"
+                "\"mma_bf16_TFLOPs\":%.1f,\"mma_f64_TFLOPs\":%.1f}\n",
+                device.name, c.copy_gbps, peak_tflops<FloatFma>(), c.tf32_tflops, c.bf16_tflops, c.f64_tflops);
+    return c;
 }
 
 }  // namespace interstate::bench

@@ -5,4 +5,5 @@
 
 #include <interstate/verify.cuh>
 
+#include <interdomain/interdomain.cuh>
 #include <s4d/s4d.cuh>

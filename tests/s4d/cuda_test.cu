@@ -10,7 +10,7 @@
 #include <s4d/reference.hpp>
 #include <s4d/s4d.cuh>
 
-#include "../support/cuda_main.cuh"
+#include "../support/cuda_graph.cuh"
 #include "s4d_cases.hpp"
 
 namespace interstate::test {
@@ -293,116 +293,16 @@ void gradients_alone(Checks& checks) {
     for (void* memory : std::initializer_list<void*>{real, pairs, tokens, grad}) cudaFree(memory);
 }
 
-/// What record(exec) puts on a stream, captured and not run.
-class Graph {
-  public:
-    template <class Record>
-    Graph(Checks& checks, const char* what, Record&& record) : checks_(checks), what_(what) {
-        expect(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-        // Global: calls that allocate or synchronise fail, on any thread.
-        expect(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal));
-        const Status s = record(interstate::cuda{stream_});
-        checks.expect(s.ok(), what, s.message());
-        cudaGraph_t graph = nullptr;
-        expect(cudaStreamEndCapture(stream_, &graph));
-        expect(cudaGraphInstantiate(&executable_, graph, 0));
-        expect(cudaGraphDestroy(graph));
-    }
-    Graph(const Graph&) = delete;
-    Graph& operator=(const Graph&) = delete;
-    ~Graph() {
-        cudaGraphExecDestroy(executable_);
-        cudaStreamDestroy(stream_);
-    }
-    void replay() {
-        expect(cudaGraphLaunch(executable_, stream_));
-        expect(cudaStreamSynchronize(stream_));
-    }
-
-  private:
-    void expect(cudaError_t e) { checks_.expect(e == cudaSuccess, what_, cudaGetErrorString(e)); }
-
-    Checks& checks_;
-    const char* what_;
-    cudaStream_t stream_ = nullptr;
-    cudaGraphExec_t executable_ = nullptr;
-};
-
-/// Writes a case over tensors that another one of its shape was uploaded to.
-struct Refill {
-    const Case& c;
-    const char* prefix;
-    Status status;
-    template <class T, int Rank>
-    void operator()(const char* name, View<const T, Rank>& v, const Index (&)[Rank], Need) {
-        using E = interstate::detail::Element<T>;
-        if (!status.ok() || !v) return;
-        const auto& values = c.tensors.at(std::string(prefix) + name).values;
-        std::vector<T> staged;
-        for (std::size_t i = 0; i < values.size(); i += E::width) staged.push_back(E::from(values.data() + i));
-        status = Memory<interstate::cuda>::to_executor({}, const_cast<T*>(v.data), staged.data(), staged.size() * sizeof(T));
-    }
-};
-
-/// Forward and backward in a graph give, for what its inputs hold when it is replayed, the bits of plain calls.
 template <class T>
 void in_a_graph(Checks& checks, s4d::Method method, bool bidirectional) {
-    const s4d::Options options{.method = method};
-    const interstate::cuda exec;
-    Case cases[2], want[2];
-    Status s;
-    for (int i = 0; i < 2; ++i) {
+    Case cases[2];
+    for (int i = 0; i < 2; ++i)
         cases[i] = rounded<Operator, T, float>(
             make({.batch = 2, .length = 1300, .channels = 11, .modes = 5, .bidirectional = bidirectional}, 20 + i));
-        s = run_case<Operator, T, float>(exec, options, cases[i], want[i]);
-        checks.expect(s.ok(), "graph", s.message());
-    }
-
-    interstate::detail::Tensors<interstate::cuda> memory(exec, Layout::contiguous, std::numeric_limits<std::size_t>::max());
-    std::vector<std::string> seen;
-    s4d::Inputs<T, float> in{};
-    s4d::Upstream<T> upstream{};
-    interstate::detail::Upload<interstate::cuda> upload{memory, cases[0], "", true, false, &seen, {}};
-    visit(in, s4d::Shape{}, upload);
-    interstate::detail::Upload<interstate::cuda> upload_upstream{memory, cases[0], "dout.", true, false, &seen, {}};
-    visit(upstream, s4d::Shape{}, upload_upstream);
-    const s4d::Shape shape = shape_of(in);
-    s4d::Outputs<T> out{};
-    s4d::Grads<T, float> grads{};
-    const auto present = [&](const char* name) { return cases[0].tensors.contains(name); };
-    const auto all = [](const char*) { return true; };
-    interstate::detail::Allocate<interstate::cuda, decltype(all)> allocate{memory, all, {}};
-    visit(out, shape, allocate);
-    interstate::detail::Allocate<interstate::cuda, decltype(present)> allocate_grads{memory, present, {}};
-    visit(grads, shape, allocate_grads);
-    Saved saved{nullptr, saved_size(exec, options, shape)};
-    Workspace ws{nullptr, std::max(workspace_size(exec, options, shape, pass::forward),
-                                   workspace_size(exec, options, shape, pass::backward))};
-    const Status scratch[] = {upload.status, upload_upstream.status, allocate.status, allocate_grads.status,
-                              memory.scratch("saved", saved.size, saved.data), memory.scratch("workspace", ws.size, ws.data)};
-    for (const Status& made : scratch) checks.expect(made.ok(), "graph", made.message());
-
-    Graph graph(checks, "graph", [&](const interstate::cuda& recorded) -> Status {
-        INTERSTATE_RETURN_IF_ERROR(forward(recorded, options, in, out, saved, ws));
-        return backward(recorded, options, in, out, saved, upstream, grads, ws);
-    });
-    for (int i = 0; i < 2; ++i) {
-        Refill refill{cases[i], "", {}}, refill_upstream{cases[i], "dout.", {}};
-        visit(in, shape, refill);
-        visit(upstream, shape, refill_upstream);
-        graph.replay();
-        Case got;
-        interstate::detail::Download<interstate::cuda> download{memory, "out.", got, {}}, download_grads{memory, "grad.", got, {}};
-        visit(out, shape, download);
-        visit(grads, shape, download_grads);
-        for (const Status& moved : {refill.status, refill_upstream.status, download.status, download_grads.status})
-            checks.expect(moved.ok(), "graph", moved.message());
-        for (const auto& [name, tensor] : want[i].tensors)
-            checks.expect(tensor.values == got.tensors[name].values, name.c_str(), "replayed, must be the bits of plain calls");
-    }
+    test::in_a_graph<Operator, T>(checks, {.method = method}, cases[0], cases[1]);
 }
 
-/// The same of discretize and step, whose state goes on from replay to replay.
+/// discretize and step in a graph, whose state goes on from replay to replay.
 template <class T>
 void step_in_a_graph(Checks& checks) {
     using A = acc_t<T>;

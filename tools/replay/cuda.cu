@@ -1,3 +1,4 @@
+#include <interdomain/interdomain.cuh>
 #include <interstate/verify.cuh>
 #include <s4d/s4d.cuh>
 
@@ -8,6 +9,7 @@ namespace interstate::tools::replay {
 namespace {
 
 constexpr Entry<cuda> cuda_operators[] = {
+    run_operator<interdomain::Operator, cuda>(),
     run_operator<s4d::Operator, cuda>(),
 };
 

@@ -210,7 +210,7 @@ class FftRun {
           w_(arena_, s_, p) {}
 
     Status forward(const Outputs<T>& out) const {
-        INTERSTATE_RETURN_IF_ERROR(zero_outside(exec_, out.y, in_.cu_seqlens, s_));
+        INTERSTATE_RETURN_IF_ERROR(zero_outside(exec_, out.y, in_.cu_seqlens));
         if (s_.states() == 0 || s_.channels == 0) return {};
         INTERSTATE_RETURN_IF_ERROR(prepare());
         for (Index i = 0; i < s_.states(); ++i) {
@@ -235,7 +235,7 @@ class FftRun {
         const bool params = g.log_dt || g.log_neg_re || g.im || g.B || g.C || g.D || g.C_reverse;
         const bool tokens = s_.length > 0;
         const bool through_x0 = grads.x0 || (params && in_.x0), through_xT = params && upstream.xT;
-        INTERSTATE_RETURN_IF_ERROR(zero_outside(exec_, grads.u, in_.cu_seqlens, s_));
+        INTERSTATE_RETURN_IF_ERROR(zero_outside(exec_, grads.u, in_.cu_seqlens));
         if (s_.channels == 0) return {};
         INTERSTATE_RETURN_IF_ERROR(prepare());
         if (params) {
