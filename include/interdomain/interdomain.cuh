@@ -89,8 +89,9 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
-    if (detail::cuda_method(options, shape) == Method::chunked)
-        return detail::chunks::run_forward(exec, options, in, out, saved, ws);
+    if constexpr (!std::is_same_v<T, f64>)  // which chunked does not support
+        if (detail::cuda_method(options, shape) == Method::chunked)
+            return detail::chunks::run_forward(exec, options, in, out, saved, ws);
     return detail::run_scan_forward(exec, options, in, out, ws);
 }
 
@@ -106,8 +107,9 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
-    if (detail::cuda_method(options, shape) == Method::chunked)
-        return detail::chunks::run_backward(exec, options, in, saved, upstream, grads, ws);
+    if constexpr (!std::is_same_v<T, f64>)
+        if (detail::cuda_method(options, shape) == Method::chunked)
+            return detail::chunks::run_backward(exec, options, in, saved, upstream, grads, ws);
     return detail::run_scan_backward(exec, options, in, upstream, grads, ws);
 }
 
