@@ -80,12 +80,12 @@ inline namespace INTERSTATE_KERNELS {
 template <int size>
 struct Chunk {
     int recurrence, index, count_of_chunks, begin, end;  // begin, end: rows of the recurrence
-    __device__ Chunk(const Slots& slots, int slot, std::uint32_t* flags = nullptr) {
+    __device__ Chunk(const Slots& slots, int slot) {
         if (slots.cu) {
             const s4d::Shape shape{.batch = 1, .length = slots.length, .sequences = slots.recurrences};
             recurrence = static_cast<int>(s4d::detail::recurrence_of(slots.cu, shape, slot, size));
             index = slot - static_cast<int>(s4d::detail::first_tile(slots.cu, recurrence, slots.length, size));
-            const RowRange range = device::checked_rows(slots.cu, recurrence, slots.length, flags);
+            const RowRange range = device::checked_rows(slots.cu, recurrence, slots.length, nullptr);
             begin = static_cast<int>(range.begin);
             end = static_cast<int>(range.end);
             batch_ = 0;

@@ -260,6 +260,7 @@ __device__ void multiply_mix(float (&c)[4][4], int mix_row, int mix_column, cons
     const auto real_of_e = device::rows_of<16>(device::transposed<wide>(e), 32 * mix_row, 0, lane);
     const auto imaginary_of_e = device::rows_of<16>(device::transposed<wide>(e), 32 * mix_row + 8, 0, lane);
     const auto from_a = device::columns_of(device::transposed<wide>(a), 32 * mix_column, 0, lane);
+    device::Sums<F::precision, 4> sums(c);
 #pragma unroll
     for (int t = 0; t < F::chunk; t += device::depth<F::precision>) {
         device::Factors<float, F::precision, 2> real, imaginary;
@@ -270,11 +271,13 @@ __device__ void multiply_mix(float (&c)[4][4], int mix_row, int mix_column, cons
         for (int i = 0; i < 4; i += 2) {
             device::Factors<float, F::precision, 1> fa[2];
             from_a.load(fa, 8 * i, t);
-            device::multiply_add_tiles<F::precision, 2>(&c[i], real, fa);
-            device::multiply_add(c[i], minus, fa[1]);
-            device::multiply_add(c[i + 1], imaginary, fa[0]);
+            sums.add(i, real, fa[0]);
+            sums.add(i + 1, real, fa[1]);
+            sums.add(i, minus, fa[1]);
+            sums.add(i + 1, imaginary, fa[0]);
         }
     }
+    sums.finish();
 }
 
 /// A warp's tiles into a blocked matrix of `columns` columns.

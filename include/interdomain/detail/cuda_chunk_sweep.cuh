@@ -27,7 +27,6 @@ struct Sweep {
     const float* carry_in = nullptr;          // states at the border to the slice before; carry_out likewise, may be null
     float* carry_out = nullptr;
     E* states = nullptr;                      // (slot, kv head, 2) the state that enters each chunk
-    std::uint32_t* flags = nullptr;
 };
 
 inline namespace INTERSTATE_KERNELS {
@@ -58,12 +57,12 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     const int first_column = static_cast<int>(blockIdx.z) % sweep_blocks * sweep_columns;
     int slot = run.slice.begin + static_cast<int>(blockIdx.x);
     if (adjoint && !slots.cu) slot = run.slice.end - stride + static_cast<int>(blockIdx.x);
-    Chunk<S::chunk> chunk(slots, slot, adjoint ? nullptr : run.flags);
+    Chunk<S::chunk> chunk(slots, slot);
     const int last = chunk.count_of_chunks > 0 ? chunk.count_of_chunks - 1 : 0;
     // Packed, there is a block for every slot, and those that begin a recurrence, or go on with one from another slice, run.
     const bool at_end = adjoint ? chunk.index == last : chunk.index == 0;
     const bool at_border = adjoint ? slot + stride >= run.slice.end : slot - stride < run.slice.begin;
-    if (chunk.index > last || !(at_end || at_border)) return;
+    if (chunk.index < 0 || chunk.index > last || !(at_end || at_border)) return;
 
     const int thread = static_cast<int>(threadIdx.x);
     const Lane lane;

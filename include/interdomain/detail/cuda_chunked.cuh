@@ -122,7 +122,7 @@ inline std::size_t workspace_size(const Options&, const Shape& s, pass p) {
 
 /// The run of X over a slice.
 template <class T, class P>
-Sweep<T> states_sweep(const cuda& exec, const Inputs<T, P>& in, const Shape& s, const Layout<T>& w, Index slice, const float* carry_in,
+Sweep<T> states_sweep(const Inputs<T, P>& in, const Shape& s, const Layout<T>& w, Index slice, const float* carry_in,
                       float* carry_out) {
     return {.slots = slots_of(s, in.cu_seqlens),
             .slice = w.plan.slice(slice),
@@ -133,8 +133,7 @@ Sweep<T> states_sweep(const cuda& exec, const Inputs<T, P>& in, const Shape& s, 
             .initial = in.x0,
             .carry_in = carry_in,
             .carry_out = carry_out,
-            .states = w.states,
-            .flags = exec.flags};
+            .states = w.states};
 }
 
 template <class T, class P>
@@ -145,12 +144,13 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
     const Borders<T> kept(saved_arena, w.plan, s);
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.o, in.cu_seqlens));
     if (w.plan.slots == 0 || s.kv_heads == 0) return {};
+    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.length));
     INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.tables));
     const Index border = w.plan.border_size(s);
     const float* carry_in = nullptr;
     for (Index i = 0; i < w.plan.slices; ++i) {
         float* const carry_out = i + 1 == w.plan.slices ? nullptr : saved.data ? kept.states + i * border : w.borders[i % 2];
-        Sweep<T> sweep = states_sweep(exec, in, s, w, i, carry_in, carry_out);
+        Sweep<T> sweep = states_sweep(in, s, w, i, carry_in, carry_out);
         sweep.final = out.xT;
         INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, false>(exec, sweep, w.tables, s.kv_heads)));
         carry_in = carry_out;
@@ -182,6 +182,7 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.k, in.cu_seqlens));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.v, in.cu_seqlens));
     if (s.kv_heads == 0) return {};
+    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.length));
     INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.tables));
     const Index border = w.plan.border_size(s);
     const float* adjoint_in = nullptr;
@@ -208,7 +209,7 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
     for (Index i = w.plan.slices - 1; i >= 0; --i) {
         run.slice = w.plan.slice(i);
         run.first = i == w.plan.slices - 1;
-        const Sweep<T> states = states_sweep(exec, in, s, w, i, i == 0 ? nullptr : kept.states + (i - 1) * border, nullptr);
+        const Sweep<T> states = states_sweep(in, s, w, i, i == 0 ? nullptr : kept.states + (i - 1) * border, nullptr);
         INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, false>(exec, states, w.tables, s.kv_heads)));
 
         run.sums = w.query;

@@ -150,15 +150,45 @@ __device__ Factors<float, precision, rows> negated(Factors<float, precision, row
     return f;
 }
 
-/// c[i] += a b[i] for tiles that do not depend on each other, each precision's products far apart.
+/// Sums of products for tiles that are added to c in the end. The unit cuts what it adds to a sum, always towards zero: for
+/// `exact`, small products and large ones have sums of their own, and c, which may be the sum of many calls, is added to by
+/// rounding.
 template <Precision precision, int tiles>
-__device__ void multiply_add_tiles(float (*c)[4], const Factors<float, precision, 2>& a,
-                                   const Factors<float, precision, 1> (&b)[tiles]) {
-    multiply_add_each<1>([&](int, auto&& add) {
+class Sums {
+  public:
+    __device__ explicit Sums(float (&c)[tiles][4]) : c_(c) {
+        if constexpr (precision == Precision::exact)
 #pragma unroll
-        for (int i = 0; i < tiles; ++i) add(c[i], a, b[i]);
-    });
-}
+            for (int i = 0; i < tiles; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) parts_.large[i][e] = parts_.small[i][e] = 0.0f;
+    }
+    /// Tile i += a b.
+    __device__ void add(int i, const Factors<float, precision, 2>& a, const Factors<float, precision, 1>& b) {
+        if constexpr (precision == Precision::exact) {
+            mma_tf32(parts_.small[i], a.low, b.high);
+            mma_tf32(parts_.large[i], a.high, b.high);
+            mma_tf32(parts_.small[i], a.high, b.low);
+        } else {
+            multiply_add(c_[i], a, b);
+        }
+    }
+    __device__ void finish() {
+        if constexpr (precision == Precision::exact)
+#pragma unroll
+            for (int i = 0; i < tiles; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) c_[i][e] += parts_.large[i][e] + parts_.small[i][e];
+    }
+
+  private:
+    struct Nothing {};
+    struct Parts {
+        float large[tiles][4], small[tiles][4];
+    };
+    float (&c_)[tiles][4];
+    [[no_unique_address]] std::conditional_t<precision == Precision::exact, Parts, Nothing> parts_;
+};
 
 /// c (16 x 8 tiles) += rows row .. row + 15 of a times columns n .. of b, summed over k = first .. first + count - 1.
 template <Precision precision, int count, int tiles, class A, class B>
@@ -166,6 +196,7 @@ __device__ void multiply(float (&c)[tiles][4], const A& a, int row, const B& b, 
     static_assert(tiles % 2 == 0);
     const auto from_a = rows_of(a, row, first, lane);
     const auto from_b = columns_of(b, n, first, lane);
+    Sums<precision, tiles> sums(c);
 #pragma unroll
     for (int k = 0; k < count; k += depth<precision>) {
         Factors<float, precision, 2> fa;
@@ -174,9 +205,11 @@ __device__ void multiply(float (&c)[tiles][4], const A& a, int row, const B& b, 
         for (int i = 0; i < tiles; i += 2) {
             Factors<float, precision, 1> fb[2];
             from_b.load(fb, 8 * i, k);
-            multiply_add_tiles<precision, 2>(&c[i], fa, fb);
+            sums.add(i, fa, fb[0]);
+            sums.add(i + 1, fa, fb[1]);
         }
     }
+    sums.finish();
 }
 /// The same with a count, a multiple of 16, that is known at run time.
 template <Precision precision, int tiles, class A, class B>
@@ -184,6 +217,7 @@ __device__ void multiply(float (&c)[tiles][4], const A& a, int row, const B& b, 
     static_assert(tiles % 2 == 0);
     auto from_a = rows_of(a, row, first, lane);
     auto from_b = columns_of(b, n, first, lane);
+    Sums<precision, tiles> sums(c);
 #pragma unroll 1
     for (; count > 0; count -= 16) {
 #pragma unroll
@@ -194,12 +228,14 @@ __device__ void multiply(float (&c)[tiles][4], const A& a, int row, const B& b, 
             for (int i = 0; i < tiles; i += 2) {
                 Factors<float, precision, 1> fb[2];
                 from_b.load(fb, 8 * i, k);
-                multiply_add_tiles<precision, 2>(&c[i], fa, fb);
+                sums.add(i, fa, fb[0]);
+                sums.add(i + 1, fa, fb[1]);
             }
         }
         from_a.move(16);
         from_b.move(16);
     }
+    sums.finish();
 }
 
 /// The complex product c += a b: rows of `a` have 8 real and 8 imaginary parts in turn, and so has c (tile i real, i + 1
@@ -236,6 +272,7 @@ __device__ void multiply_complex(float (&c)[tiles][4], const A& a, int row, cons
         }
     } else {
         const Loader<B, 8> from_b(b, n, 0, lane);
+        Sums<precision, tiles> sums(c);
 #pragma unroll
         for (int k = 0; k < count; k += 16) {
             Factors<float, precision, 2> real, imaginary;
@@ -246,11 +283,13 @@ __device__ void multiply_complex(float (&c)[tiles][4], const A& a, int row, cons
             for (int i = 0; i < tiles; i += 2) {
                 Factors<float, precision, 1> fb[2];
                 from_b.load_along_k(fb, 4 * i, k);
-                multiply_add_tiles<precision, 2>(&c[i], real, fb);
-                multiply_add(c[i], minus, fb[1]);
-                multiply_add(c[i + 1], imaginary, fb[0]);
+                sums.add(i, real, fb[0]);
+                sums.add(i + 1, real, fb[1]);
+                sums.add(i, minus, fb[1]);
+                sums.add(i + 1, imaginary, fb[0]);
             }
         }
+        sums.finish();
     }
 }
 
