@@ -42,6 +42,21 @@ inline Status check_lone_offset(const cuda& exec, const View<const std::int32_t,
     return launch(exec, "check_lone_offset_kernel", check_lone_offset_kernel<std::int32_t>, {dim3(1), dim3(1)}, cu,
                   length, exec.flags);
 }
+
+/// Sets flag_bad_cu_seqlens where an offset is below the one before it, or leaves [0, length].
+template <class Offset>
+__global__ void check_offsets_kernel(View<const Offset, 1> cu, Index length, std::uint32_t* flags) {
+    const Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= cu.extent[0]) return;
+    if (cu(i) < (i > 0 ? cu(i - 1) : 0) || cu(i) > length) atomicOr(flags, flag_bad_cu_seqlens);
+}
+
+/// For kernels that keep cu_seqlens in bounds without checking all of it.
+inline Status check_offsets(const cuda& exec, const View<const std::int32_t, 1>& cu, Index length) {
+    if (!cu || !exec.flags) return {};
+    return launch(exec, "check_offsets_kernel", check_offsets_kernel<std::int32_t>,
+                  {dim3(static_cast<unsigned>((cu.extent[0] + 255) / 256)), dim3(256)}, cu, length, exec.flags);
+}
 }  // namespace INTERSTATE_KERNELS
 
 }  // namespace interstate::inline INTERSTATE_ABI
