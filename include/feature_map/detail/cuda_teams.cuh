@@ -134,7 +134,7 @@ struct TeamPlan {
 inline int forward_elements(const Shape& s) { return s.taps > 1 && s.features <= 128 ? 4 : 8; }
 inline int backward_elements(const Shape& s) { return s.features <= 128 ? 4 : 8; }
 inline TeamPlan forward_plan(const Shape& s) { return {s, forward_elements(s), 256, Index{1} << 17, 16, 64}; }
-inline TeamPlan backward_plan(const Shape& s) { return {s, backward_elements(s), 128, Index{1} << 16, 32, 1024}; }
+inline TeamPlan backward_plan(const Shape& s) { return {s, backward_elements(s), 128, Index{1} << 17, 32, 1024}; }
 
 /// Rows loaded at once, so that their latencies overlap.
 template <class T, int E>
