@@ -5,5 +5,8 @@
 
 #include <interstate/verify.cuh>
 
+#include <feature_map/feature_map.cuh>
+#include <gate/gate.cuh>
 #include <interdomain/interdomain.cuh>
+#include <random_features/random_features.cuh>
 #include <s4d/s4d.cuh>

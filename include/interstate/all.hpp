@@ -12,5 +12,8 @@
 #include <interstate/workspace.hpp>
 
 #include <attention/attention.hpp>
+#include <feature_map/feature_map.hpp>
+#include <gate/gate.hpp>
 #include <interdomain/interdomain.hpp>
+#include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>

@@ -1,5 +1,8 @@
+#include <feature_map/feature_map.cuh>
+#include <gate/gate.cuh>
 #include <interdomain/interdomain.cuh>
 #include <interstate/verify.cuh>
+#include <random_features/random_features.cuh>
 #include <s4d/s4d.cuh>
 
 #include "operators.hpp"
@@ -9,7 +12,10 @@ namespace interstate::tools::replay {
 namespace {
 
 constexpr Entry<cuda> cuda_operators[] = {
+    run_operator<feature_map::Operator, cuda>(),
+    run_operator<gate::Operator, cuda>(),
     run_operator<interdomain::Operator, cuda>(),
+    run_operator<random_features::Operator, cuda>(),
     run_operator<s4d::Operator, cuda>(),
 };
 

@@ -2,7 +2,10 @@
 #pragma once
 
 #include <attention/attention.hpp>
+#include <feature_map/feature_map.hpp>
+#include <gate/gate.hpp>
 #include <interdomain/interdomain.hpp>
+#include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
 
 #include "operators.hpp"
@@ -12,12 +15,18 @@ namespace interstate::tools::replay {
 template <class Exec>
 inline constexpr Entry<Exec> host_operators[] = {
     run_operator<attention::Operator, Exec>(),
+    run_operator<feature_map::Operator, Exec>(),
+    run_operator<gate::Operator, Exec>(),
+    run_operator<random_features::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
 };
 template <>
 inline constexpr Entry<reference> host_operators<reference>[] = {
     run_operator<attention::Operator, reference>(),
+    run_operator<feature_map::Operator, reference>(),
+    run_operator<gate::Operator, reference>(),
     run_operator<interdomain::Operator, reference>(),
+    run_operator<random_features::Operator, reference>(),
     run_operator<s4d::Operator, reference>(),
 };
 

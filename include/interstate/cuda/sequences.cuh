@@ -57,17 +57,19 @@ inline Status check_lone_offset(const cuda& exec, const View<const std::int32_t,
                   length, exec.flags);
 }
 
-/// Sets flag_bad_cu_seqlens where any offset decreases or leaves [0, length], for kernels that do not meet every sequence.
+/// Sets flag_bad_cu_seqlens where an offset is below the one before it, or leaves [0, length].
 template <class Offset>
 __global__ void check_offsets_kernel(View<const Offset, 1> cu, Index length, std::uint32_t* flags) {
-    for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i + 1 < cu.extent[0]; i += static_cast<Index>(gridDim.x) * blockDim.x)
-        device::checked_rows(cu, i, length, flags);
+    const Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= cu.extent[0]) return;
+    if (cu(i) < (i > 0 ? cu(i - 1) : 0) || cu(i) > length) atomicOr(flags, flag_bad_cu_seqlens);
 }
+
+/// For kernels that keep cu_seqlens in bounds without checking all of it.
 inline Status check_offsets(const cuda& exec, const View<const std::int32_t, 1>& cu, Index length) {
-    if (!cu || cu.extent[0] < 2 || !exec.flags) return {};
-    const Index blocks = ceil_div(cu.extent[0] - 1, 256);
+    if (!cu || !exec.flags) return {};
     return launch(exec, "check_offsets_kernel", check_offsets_kernel<std::int32_t>,
-                  {dim3(static_cast<unsigned>(blocks < 1024 ? blocks : 1024)), dim3(256)}, cu, length, exec.flags);
+                  {dim3(static_cast<unsigned>((cu.extent[0] + 255) / 256)), dim3(256)}, cu, length, exec.flags);
 }
 }  // namespace INTERSTATE_KERNELS
 
