@@ -12,13 +12,8 @@ namespace interstate::tools::replay {
 template <class Exec>
 inline constexpr Entry<Exec> host_operators[] = {
     run_operator<attention::Operator, Exec>(),
+    run_operator<interdomain::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
-};
-template <>
-inline constexpr Entry<reference> host_operators<reference>[] = {
-    run_operator<attention::Operator, reference>(),
-    run_operator<interdomain::Operator, reference>(),
-    run_operator<s4d::Operator, reference>(),
 };
 
 }  // namespace interstate::tools::replay
