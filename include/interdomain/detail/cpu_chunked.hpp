@@ -1,8 +1,8 @@
-// Interdomain Attention on the CPU in chunks of 64 tokens (eq. 14 to 19 forward, 21 to 25 backward): products of
+// Interdomain Attention on the CPU in chunks of 64 tokens (forward eq. 14 to 19, backward eq. 20 to 25): products of
 // matrices of a chunk with each other, with the state that enters it and with tables of powers, which are made
 // once a head. No exponent is negative: tables hold Lam^n, n >= 0, and are read skewed or reversed.
 //
-// Stretches. A state is kept for every 256 tokens, and carried over them in float64 (eq. 20): each stretch adds
+// Stretches. A state is kept for every 256 tokens, and carried over them in float64 (eq. 19): each stretch adds
 // what it leaves from zero, its `local`. Within a stretch states go from chunk to chunk in the accumulator's dtype,
 // four times at most. Backward recomputes states from where a stretch begins, and carries the adjoint alike.
 //
@@ -83,7 +83,7 @@ struct ChunkScratch {
     A *Z, *ZT;           // (T, ldz) [k | v]; (Wp, ldt)
     A *U;                // (T, ldz) [q | do]
     A *S, *SV;           // (T, ldt) q.k, do.v
-    A *P, *Q;            // (T, ldt) lags of eq. 16 and 22
+    A *P, *Q;            // (T, ldt) lags of eq. 16 and 20
     A *ai, *a, *w, *lw;  // (T, ldm); ai: what the entering state gives to a, lw: Lam^(t+1) w
     A *ei, *e, *p, *lp;  // the same of backward
     A *o, *dZ, *dU;      // (T, ldz)
@@ -194,7 +194,7 @@ struct ChunkedCall {
     void decay(const A* power, const A* from, const A* gain, A* to) const {
         simd::run_body<Decay<A>>(exec.isa, power, Index{0}, from, gain, to, z.ldm, z.Wp, z.Mp);
     }
-    /// What the tokens of a chunk add to its state (eq. 19).
+    /// What the tokens of a chunk add to its state (eq. 18).
     void collect(const HeadTables<A>& t, Index count, const Scratch& w) const {
         product({w.Z, 1, z.ldz}, t.table + (count - 1) * z.ldm, -z.ldm, w.gain, z.ldm, z.Wp, 2 * z.Mp, count, false);
     }
@@ -202,7 +202,7 @@ struct ChunkedCall {
         product.transpose(X + first_row * z.ldm, z.ldm, rows, z.Mp, XN + first_row, z.ldz);
         product.transpose(X + first_row * z.ldm + z.Mp, z.ldm, rows, z.Mp, XN + z.Mp * z.ldz + first_row, z.ldz, A(-1));
     }
-    /// exact = Lam^tokens exact + local (eq. 20)
+    /// exact = Lam^tokens exact + local (eq. 19)
     void carry(const HeadTables<A>& t, Index tokens, const A* local, Index ld, const Scratch& w) const {
         raise_all(z, t.Lam, tokens, w.decay);
         simd::run_body<CarryExact<A>>(exec.isa, static_cast<const double*>(w.decay), w.exact, local, ld, z.Wp, z.Mp);

@@ -149,7 +149,7 @@ struct Decay {
     }
 };
 
-/// A state in float64, rows without gaps: state = power o state + local (eq. 20).
+/// A state in float64, rows without gaps: state = power o state + local (eq. 19).
 template <class A>
 struct CarryExact {
     template <class Set>
