@@ -92,6 +92,8 @@ struct Gemm {
         constexpr Index lanes = Native<Set, A>::lanes;
         Index n = 0;
         for (; n + widest * lanes <= g.N; n += widest * lanes) panel<Set, widest>(g, n);
+        if constexpr (widest > 2)
+            for (; n + 2 * lanes <= g.N; n += 2 * lanes) panel<Set, 2>(g, n);
         for (; n < g.N; n += lanes) panel<Set, 1>(g, n);
     }
 };
