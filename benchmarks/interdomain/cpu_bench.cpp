@@ -215,6 +215,7 @@ BENCHMARK_TEMPLATE(forward_backward, interstate::f16)->Apply(other_dtypes);
 BENCHMARK_TEMPLATE(forward_backward, interstate::bf16)->Apply(other_dtypes);
 void steps(benchmark::internal::Benchmark* b) {
     b->ArgNames({"B", "H", "M", "R", "threads"});
+    b->Args({1, 4, 64, 64, 1});
     for (const int threads : {1, 2}) b->Args({1, 32, 64, 64, threads});
     b->Args({8, 32, 64, 64, 2});
     bench::timed(b);

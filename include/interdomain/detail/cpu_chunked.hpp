@@ -11,9 +11,10 @@
 // rest from there. The arithmetic is the same, so are the bits. Method::parallel_scan always works so, with a
 // scan in place of the order: its own bits, but the same for any number of threads.
 //
-// What it costs, a token and query head: forward 4 M^2 for G, 4 M (R + d) for reading the state and its
-// update, 2 M (R + d) / 64 for carrying it, (6 M + R + d) 32 within the chunk; the products run at 85 to 95%
-// of the FMA rate where operands stay in L1 and L2.
+// What it costs, multiply-adds a token with as many query heads as key/value heads: forward 4 M^2 for G, 2 M (R + d) for
+// reading the entering state and as many for its update, within the chunk less than 64 (R + d + 4 M), of whose tables only
+// the triangles are multiplied; and 1/8 M (R + d) to move states on. Backward twice that, and a, w and states again.
+// What limits it: the products, which read tables of G and the state's two layouts from the second-level cache.
 //
 // Equation numbers: docs/ops/interdomain.md.
 #pragma once
@@ -226,6 +227,10 @@ struct ChunkedCall {
         simd::run_body<Decay<A>>(exec.isa, static_cast<const A*>(t.power + z.ldm), z.ldm, from, static_cast<const A*>(nullptr),
                                  to, z.ldm, count, z.Mp);
     }
+    /// sum[t] += x[t] o y[t]
+    void add_products(const A* x, const A* y, Index count, A* sum) const {
+        simd::run_body<Decay<A>>(exec.isa, x, z.ldm, y, static_cast<const A*>(sum), sum, z.ldm, count, z.Mp);
+    }
     void read_out(const HeadTables<A>& t, const A* a, Index count, A* w) const {
         product({a, z.ldm}, t.readout, z.ldm, w, z.ldm, count, 2 * z.Mp, 2 * z.Mp, false);
     }
@@ -380,9 +385,8 @@ struct ChunkedCall {
             product({w.e, 1, z.ldm}, w.a, z.ldm, w.parts + sums_at.outer, z.ldm, n2, n2, count, true);
             product.template operator()<Terms::upper>({w.S, -1, ldt + 1}, w.p, z.ldm, D, z.ldm, count, n2, count, true);
             product.template operator()<Terms::upper>({w.SV, -1, ldt + 1}, w.w, z.ldm, D, z.ldm, count, n2, count, true);
-            for (const auto& [adjoint, state] : {std::pair{w.p, w.ai}, std::pair{w.w, w.ei}})
-                simd::run_body<Decay<A>>(exec.isa, static_cast<const A*>(adjoint), z.ldm, static_cast<const A*>(state),
-                                         static_cast<const A*>(E + z.ldm), E + z.ldm, z.ldm, count, z.Mp);
+            add_products(w.p, w.ai, count, E + z.ldm);
+            add_products(w.w, w.ei, count, E + z.ldm);
         }
         if (grads.k && !adjoint_only) store_rows<T>(exec.isa, w.dZ, z.ldz, grads.k, r.b, row, r.h, count);
         if (grads.v && !adjoint_only) store_rows<T>(exec.isa, w.dZ + z.Rp, z.ldz, grads.v, r.b, row, r.h, count);
@@ -425,7 +429,9 @@ struct ChunkedCall {
         return layout.sums + ((h * split.groups + group) * split.runs + run) * sums_at.size;
     }
     void backward(Saved saved) const {
-        for (const auto& x : {grads.q, grads.k, grads.v}) zero_outside_sequences(x, in.cu_seqlens);
+        zero_outside_sequences(grads.q, in.cu_seqlens);
+        zero_outside_sequences(grads.k, in.cu_seqlens);
+        zero_outside_sequences(grads.v, in.cu_seqlens);
         fill_tables();
         const SumSplit split(s);
         A* kept = Arena(saved.data).take<A>(stretch_count(s) * s.kv_heads * z.state_size());

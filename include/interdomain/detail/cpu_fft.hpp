@@ -516,7 +516,9 @@ struct FftCall {
                 });
     }
     void backward() const {
-        for (const auto& x : {grads.q, grads.k, grads.v}) zero_outside_sequences(x, in.cu_seqlens);
+        zero_outside_sequences(grads.q, in.cu_seqlens);
+        zero_outside_sequences(grads.k, in.cu_seqlens);
+        zero_outside_sequences(grads.v, in.cu_seqlens);
         prepare();
         const Index groups = SumSplit(s).groups, size = DiscreteSums(z).size;
         parallel_for(s.kv_heads * groups, exec.threads, [&](Index task, int worker) {

@@ -285,7 +285,9 @@ struct ScanCall {
         }
     }
     void backward(Saved saved) const {
-        for (const auto& x : {grads.q, grads.k, grads.v}) zero_outside_sequences(x, in.cu_seqlens);
+        zero_outside_sequences(grads.q, in.cu_seqlens);
+        zero_outside_sequences(grads.k, in.cu_seqlens);
+        zero_outside_sequences(grads.v, in.cu_seqlens);
         fill_heads();
         const Index groups = SumSplit(s).groups;
         const DiscreteSums at(z);

@@ -2,7 +2,7 @@
 // lanes are (re, im) pairs of a row of the state as it lies. Products are float64, so that a state kept in float
 // takes no more from a long decode than its own rounding. C is applied twice: forming G costs M times as much.
 //
-// What limits it: the state is read and written once, and its values' half read again, from the second-level cache.
+// What limits it: converting the state to float64 and back while a few heads fit the caches; then reading and writing it.
 //
 // Equation numbers: docs/ops/interdomain.md.
 #pragma once
