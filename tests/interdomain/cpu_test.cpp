@@ -142,6 +142,22 @@ TEST(InterdomainCpu, EmptySizesAreLegal) {
     }
 }
 
+/// Extents of empty tensors mean nothing: no product of them overflows, and little memory is asked for.
+TEST(InterdomainCpu, HugeExtentsOfNothingNeedLittleMemory) {
+    const Index huge = 0x7fffffff;
+    for (const interdomain::Shape& shape :
+         {interdomain::Shape{.batch = 0, .length = huge, .query_heads = huge, .kv_heads = 1, .features = huge, .value_dim = huge,
+                             .modes = 4},
+          interdomain::Shape{.batch = huge, .length = huge, .query_heads = 0, .kv_heads = 0, .features = huge, .value_dim = huge,
+                             .modes = huge}})
+        for (const Method method : methods) {
+            EXPECT_TRUE(validate(shape).ok());
+            for (const pass p : {pass::forward, pass::backward, pass::step})
+                EXPECT_LT(workspace_size(cpu{.threads = 2}, with({}, method), shape, p), std::size_t{1} << 22);
+            EXPECT_LT(saved_size(cpu{}, with({}, method), shape), std::size_t{1} << 22);
+        }
+}
+
 TEST(InterdomainCpu, StatesAreOptionalOneByOne) {
     for (const bool x0 : {false, true})
         for (const bool dxT : {false, true}) {

@@ -174,7 +174,7 @@ struct FftLayout {
     Index head_bytes, scratch_bytes;
 
     FftLayout(Arena& arena, const Options& options, const Shape& s, pass which, int threads, Index W)
-        : FftLayout(arena, Tiling(options, s), s, which, threads, W) {}
+        : FftLayout(arena, Tiling(options, s), sized(s), which, threads, W) {}
     FftLayout(Arena& arena, const Tiling& z, const Shape& s, pass which, int threads, Index W) {
         head_bytes = static_cast<Index>(layout_size<ExactHead>(z));
         scratch_bytes = static_cast<Index>(
@@ -213,7 +213,7 @@ struct FftCall {
         return carve<FftScratch>(layout.scratch, layout.scratch_bytes, worker, z, s, which, W);
     }
     void prepare() const {
-        fft::fill_roots(layout.roots, fft::size_for(s.length), exec.threads);
+        fft::fill_roots(layout.roots, fft::size_for(sized(s).length), exec.threads);
         parallel_for(s.kv_heads, exec.threads, [&](Index h, int worker) {
             head(h).fill(exec.isa, z, options, in.params, h, readout_scratch(worker));
         });
@@ -293,7 +293,9 @@ struct FftCall {
         invert(w.Xre, q.m);
         invert(w.Xim, q.m);
         for (Index lane = 0; lane < W; ++lane) {
-            const c64 x0 = has_column(values, first, lane) ? element(q, in.x0, in.eta0, m, column_of(values, first, lane)) : c64{};
+            const c64 x0 = has_column(values, first, lane)
+                               ? element(q, in.x0, in.eta0, m, column_of(values, first, lane))
+                               : c64{};
             w.start[lane] = x0.re, w.start[W + lane] = x0.im;
         }
         run<AddResponse>(static_cast<const c64*>(w.power + 1), Index{1}, as_const(w.start), q.length, w.Xre, w.Xim);
@@ -386,7 +388,8 @@ struct FftCall {
                     store_columns(q, o, out.o, q.query(g, s.group()), first);
                 });
             if (out.xT)
-                each_state(q, false, [](Index) {}, [&](Index first, Index m) { store_end(q, false, first, m, out); }, [](Index) {});
+                each_state(
+                    q, false, [](Index) {}, [&](Index first, Index m) { store_end(q, false, first, m, out); }, [](Index) {});
             if (z.normalized && z.M > 0)
                 expand_values(
                     q, [](Index, Index) {},
@@ -404,8 +407,10 @@ struct FftCall {
         const auto at = [&](Index g, Index t) { return w.up + (g * q.length + t) * z.V; };
         for (Index g = 0; g < s.group(); ++g)
             for (Index t = 0; t < q.length; ++t)
-                for (Index c = 0; c < z.V; ++c)
-                    at(g, t)[c] = c < z.d ? static_cast<double>(upstream.o(q.r.b, q.r.rows.begin + t, q.query(g, s.group()), c)) : 0.0;
+                for (Index c = 0; c < z.V; ++c) {
+                    const Index row = q.r.rows.begin + t;
+                    at(g, t)[c] = c < z.d ? static_cast<double>(upstream.o(q.r.b, row, q.query(g, s.group()), c)) : 0.0;
+                }
         if (!z.normalized) return;
         // up[d] gathers do . numerator, and e's place holds the denominator until then.
         const Index n2 = 2 * z.Mp;

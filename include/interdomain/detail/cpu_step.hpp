@@ -181,7 +181,7 @@ struct StepBody {
 
 /// Bytes of the scratch of one thread.
 inline std::size_t step_scratch(const Options& options, const Shape& s) {
-    return layout_size<StepScratch>(Tiling(options, s), s.group());
+    return layout_size<StepScratch>(Tiling(options, s), sized(s).group());
 }
 
 /// exec has been resolved.

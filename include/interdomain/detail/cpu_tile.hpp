@@ -25,6 +25,15 @@ inline constexpr Index max_runs = 16;         // of tasks whose sums are kept ap
 
 constexpr Index padded(Index n) { return ceil_div(n, pad) * pad; }
 
+/// The shape that memory is laid out for: without sequences or heads, extents may be anything and mean nothing.
+inline Shape sized(Shape s) {
+    if (s.states() > 0 && s.kv_heads > 0) return s;
+    s.length = s.features = s.value_dim = 0;
+    s.query_heads = s.kv_heads;
+    if (s.kv_heads == 0) s.modes = 0;
+    return s;
+}
+
 /// Sizes of a call as its tiles have them.
 struct Tiling {
     Index M, R, d, V;        // V: columns of values, d, and one more for a normaliser
@@ -33,9 +42,9 @@ struct Tiling {
     bool normalized;
 
     Tiling(const Options& options, const Shape& s)
-        : M(s.modes),
-          R(s.features),
-          d(s.value_dim),
+        : M(sized(s).modes),
+          R(sized(s).features),
+          d(sized(s).value_dim),
           V(d + (options.normalized() ? 1 : 0)),
           Mp(padded(M)),
           Rp(padded(R)),
