@@ -25,19 +25,16 @@ const std::vector<std::string> files = {
     "attention.packed",
     "attention.packed_margins",
     "attention.window",
-    "s4d.bilinear",
-    "s4d.fast",
-    "s4d.packed",
-    "s4d.zoh",
-};
-/// Of operators that only the reference has so far.
-const std::vector<std::string> reference_files = {
     "interdomain.basic",
     "interdomain.fast_gqa",
     "interdomain.nadaraya_watson",
     "interdomain.packed",
     "interdomain.raw",
     "interdomain.real_parts",
+    "s4d.bilinear",
+    "s4d.fast",
+    "s4d.packed",
+    "s4d.zoh",
 };
 
 /// What is run, and what it is held to.
@@ -125,10 +122,6 @@ std::string name_of(const testing::TestParamInfo<Golden::ParamType>& info) {
 INSTANTIATE_TEST_SUITE_P(Files, Golden,
                          testing::Combine(testing::ValuesIn(files), testing::ValuesIn(runs), testing::ValuesIn(layouts)),
                          name_of);
-INSTANTIATE_TEST_SUITE_P(ReferenceFiles, Golden,
-                         testing::Combine(testing::ValuesIn(reference_files), testing::Values(runs[0]),
-                                          testing::ValuesIn(layouts)),
-                         name_of);
 
 /// No file of an operator that the library has may be left out of the list above.
 TEST(GoldenFiles, AreAllRead) {
@@ -142,8 +135,7 @@ TEST(GoldenFiles, AreAllRead) {
         bool has_operator = false;
         for (const OperatorInfo& op : list_operators())
             has_operator = has_operator || op.name == c.options.at("op");
-        const bool listed = std::find(files.begin(), files.end(), name) != files.end() ||
-                            std::find(reference_files.begin(), reference_files.end(), name) != reference_files.end();
+        const bool listed = std::find(files.begin(), files.end(), name) != files.end();
         EXPECT_EQ(has_operator, listed) << name;
     }
     EXPECT_EQ(found, 36u);

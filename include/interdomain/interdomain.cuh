@@ -88,7 +88,7 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
         INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
+    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, shape.length));
     if constexpr (!std::is_same_v<T, f64>)  // which chunked does not support
         if (detail::cuda_method(options, shape) == Method::chunked)
             return detail::chunks::run_forward(exec, options, in, out, saved, ws);
@@ -106,7 +106,7 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
+    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, shape.length));
     if constexpr (!std::is_same_v<T, f64>)
         if (detail::cuda_method(options, shape) == Method::chunked)
             return detail::chunks::run_backward(exec, options, in, saved, upstream, grads, ws);

@@ -166,7 +166,7 @@ Status forward(const cuda_fft& exec, const Options& options, const Inputs<T, P>&
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec.base, in.cu_seqlens, shape.length));
+    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec.base, in.cu_seqlens, shape.length));
     const detail::spectra::CufftTransforms transforms{exec};
     if (detail::spectra::transforms_anything(shape)) INTERSTATE_RETURN_IF_ERROR(transforms.start());
     return detail::spectra::FftRun(exec.base, options, in, transforms, ws, pass::forward).forward(out);
@@ -183,7 +183,7 @@ Status backward(const cuda_fft& exec, const Options& options, const Inputs<T, P>
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec.base, in.cu_seqlens, shape.length));
+    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec.base, in.cu_seqlens, shape.length));
     const detail::spectra::CufftTransforms transforms{exec};
     if (detail::spectra::transforms_anything(shape)) INTERSTATE_RETURN_IF_ERROR(transforms.start());
     return detail::spectra::FftRun(exec.base, options, in, transforms, ws, pass::backward).backward(upstream, grads);

@@ -87,7 +87,7 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
+    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, shape.length));
     return detail::with_method<T>(options, [&]<class Method>(Method) {
         return detail::run_forward<T, Method>(exec, options, in, out, saved, ws);
     });
@@ -105,7 +105,7 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    INTERSTATE_RETURN_IF_ERROR(check_lone_offset(exec, in.cu_seqlens, shape.length));
+    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, shape.length));
     return detail::with_method<T>(options, [&]<class Method>(Method) {
         return detail::run_backward<T, Method>(exec, options, in, saved, upstream, grads, ws);
     });

@@ -41,4 +41,56 @@ inline Case make(const InterdomainCase& o, std::uint64_t seed) {
     return c;
 }
 
+/// How far a tensor may be from its float64 truth on inputs rounded alike: f64 1e-12, f32 1e-5, 16-bit storage 1e-5,
+/// and the cost of rounding the tensor itself to 16 bits, or to float parameters of float64 storage. (The 16-bit rule
+/// allows what rounding the factors of products costs, too; a kernel that multiplies in float needs none of that.)
+template <class T, class P = param_t<T>>
+double tolerance(const std::string& name, const HostTensor& want) {
+    const bool tokens = name == "out.o" || name == "grad.q" || name == "grad.k" || name == "grad.v";
+    const bool parameter = name.starts_with("grad.") && !tokens && name != "grad.x0" && name != "grad.eta0";
+    return (std::is_same_v<T, double> ? 1e-12 : 1e-5) + (sizeof(T) == 2 && tokens ? 1.02 * rounding_floor<T>(want) : 0.0) +
+           (sizeof(P) < sizeof(T) && parameter ? 1.02 * rounding_floor<P>(want) : 0.0);
+}
+
+/// Empty where every tensor of `got` is as close to the float64 truth as its dtype promises, or `loosen` times that.
+/// The gradient of log_dt is relative to the terms it sums, those of dt A and Bbar, which may cancel.
+template <class T, class P = param_t<T>>
+std::string beyond_tolerance(const Case& inputs, const Case& got, const Case& want, double loosen = 1.0) {
+    std::string text;
+    const auto cancelled = [&] {
+        const auto& t = want.tensors;
+        const auto& log_dt = t.at("grad.log_dt").values;
+        const std::size_t M = log_dt.empty() ? 0 : t.at("grad.im").values.size() / log_dt.size();
+        double terms = 0.0, sums = 0.0;
+        for (std::size_t h = 0; h < log_dt.size(); ++h) {
+            double size = 0.0;
+            for (std::size_t m = h * M; m < (h + 1) * M; ++m) {
+                const auto& B = inputs.tensors.at("B").values;
+                const auto& dB = t.at("grad.B").values;
+                size += std::abs(t.at("grad.log_neg_re").values[m]) +
+                        std::abs(inputs.tensors.at("im").values[m] * t.at("grad.im").values[m]) +
+                        std::hypot(B[2 * m], B[2 * m + 1]) * std::hypot(dB[2 * m], dB[2 * m + 1]);
+            }
+            terms += size * size;
+            sums += log_dt[h] * log_dt[h];
+        }
+        return sums > 0.0 ? std::max(1.0, std::sqrt(terms / sums)) : 1.0;
+    };
+    const auto errors = compare(got, want);
+    if (errors.empty()) return "nothing compared";
+    for (const TensorError& e : errors) {
+        if (!e.finite) {
+            text += e.name + ": not finite, or of another shape; ";
+            continue;
+        }
+        double bound = loosen * tolerance<T, P>(e.name, want.tensors.at(e.name));
+        if (e.name == "grad.log_dt") bound *= cancelled();
+        // A gradient below the range of float may come out as zero (float's smallest normal is 1e-38).
+        const bool vanishes = sizeof(T) < 8 && e.largest < 1e-37;
+        if (!(e.relative <= bound || vanishes))
+            text += e.name + ": " + std::to_string(e.relative / bound) + " times its bound; ";
+    }
+    return text;
+}
+
 }  // namespace interstate::test

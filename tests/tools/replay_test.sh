@@ -91,14 +91,13 @@ for file in "$golden"/*.safetensors; do
     if grep -qx "$op" <<<"$listed"; then
         known=$((known + 1))
         results=$(header "$file" | grep -oE '"(out|grad)\.[A-Za-z0-9_]+"' | wc -l)
-        runs=("reference --dtype f64" "cpu --dtype f64" "cpu --dtype f32")
-        case $file in *interdomain.*) runs=("reference --dtype f64") ;; esac  # no more executors so far
-        for run in "${runs[@]}"; do
+        for run in "reference --dtype f64" "cpu --dtype f64" "cpu --dtype f32"; do
             # shellcheck disable=SC2086
             expect 0 --check --exec $run "$file"
             [ "$(grep -c ' ok$' stdout)" -eq "$results" ] || fail "$file: one line a result is expected"
         done
-        ((${#runs[@]} == 1)) && continue
+        # Denominators that change sign: rounding the inputs to 16 bits alone moves results by their own size.
+        case $file in *.nadaraya_watson.*) continue ;; esac
         for dtype in f16 bf16; do expect 0 --check --exec cpu --dtype $dtype "$file"; done
     else
         expect 2 --exec reference --dtype f64 "$file" none.safetensors

@@ -17,17 +17,9 @@ inline constexpr Entry<Exec> host_operators[] = {
     run_operator<attention::Operator, Exec>(),
     run_operator<feature_map::Operator, Exec>(),
     run_operator<gate::Operator, Exec>(),
+    run_operator<interdomain::Operator, Exec>(),
     run_operator<random_features::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
-};
-template <>
-inline constexpr Entry<reference> host_operators<reference>[] = {
-    run_operator<attention::Operator, reference>(),
-    run_operator<feature_map::Operator, reference>(),
-    run_operator<gate::Operator, reference>(),
-    run_operator<interdomain::Operator, reference>(),
-    run_operator<random_features::Operator, reference>(),
-    run_operator<s4d::Operator, reference>(),
 };
 
 }  // namespace interstate::tools::replay

@@ -6,7 +6,7 @@
 // that walk: one row of the tile for each inner row, one column for each outer row, so that
 //   - the outer operand is transposed once for a task, and inner rows are used as they lie;
 //   - the running maximum and sum of a query (eq. 13) are lanes of vectors: nothing crosses lanes;
-//   - all products are one micro-kernel (Gemm), because reading its left operand transposed is free.
+//   - all products are one micro-kernel (simd::Gemm), because reading its left operand transposed is free.
 // Threads share tasks and nothing else, and a task does not know how many there are: the same bits for
 // any number of threads. Backward forms the scores twice, once for dq and once for dk and dv, which
 // costs 7 products instead of 5 and needs neither atomics nor partial sums.
@@ -19,6 +19,7 @@
 #include <limits>
 
 #include <attention/params.hpp>
+#include <interstate/cpu/gemm.hpp>
 #include <interstate/cpu/isa.hpp>
 #include <interstate/cpu/parallel.hpp>
 #include <interstate/cpu/simd.hpp>
@@ -72,64 +73,13 @@ struct Finite {
     }
 };
 
-/// C[m][n] = sum_k A(m, k) B[k][n], added to C where Add, for n in [0, N), N a multiple of the vector
-/// lanes. A(m, k) is a[m * a_row + k * a_col].
-template <class A, bool Add>
-struct Gemm {
-    template <class Set, int Rows, int Vecs>
-    static INTERSTATE_INLINE void block(const A* a, Index a_row, Index a_col, const A* b, Index ldb, A* c,
-                                        Index ldc, Index K) {
-        using V = simd::Native<Set, A>;
-        V sum[Rows][Vecs];
-        INTERSTATE_UNROLL
-        for (int m = 0; m < Rows; ++m) {
-            INTERSTATE_UNROLL
-            for (int n = 0; n < Vecs; ++n) sum[m][n] = simd::broadcast<V>(A(0));
-        }
-        for (Index k = 0; k < K; ++k) {
-            V right[Vecs];
-            INTERSTATE_UNROLL
-            for (int n = 0; n < Vecs; ++n) right[n] = simd::load<V>(b + k * ldb + n * V::lanes);
-            INTERSTATE_UNROLL
-            for (int m = 0; m < Rows; ++m) {
-                const V left = simd::broadcast<V>(a[m * a_row + k * a_col]);
-                INTERSTATE_UNROLL
-                for (int n = 0; n < Vecs; ++n) sum[m][n] = simd::fma(left, right[n], sum[m][n]);
-            }
-        }
-        INTERSTATE_UNROLL
-        for (int m = 0; m < Rows; ++m) {
-            INTERSTATE_UNROLL
-            for (int n = 0; n < Vecs; ++n) {
-                A* to = c + m * ldc + n * V::lanes;
-                simd::store(to, Add ? simd::load<V>(to) + sum[m][n] : sum[m][n]);
-            }
-        }
-    }
-    template <class Set, int Vecs>
-    static INTERSTATE_INLINE void panel(const A* a, Index a_row, Index a_col, const A* b, Index ldb, A* c,
-                                        Index ldc, Index M, Index K) {
-        Index m = 0;
-        for (; m + 6 <= M; m += 6)
-            block<Set, 6, Vecs>(a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc, K);
-        for (; m + 2 <= M; m += 2)
-            block<Set, 2, Vecs>(a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc, K);
-        if (m < M) block<Set, 1, Vecs>(a + m * a_row, a_row, a_col, b, ldb, c + m * ldc, ldc, K);
-    }
-    template <class Set>
-    static INTERSTATE_INLINE void run(const A* a, Index a_row, Index a_col, const A* b, Index ldb, A* c,
-                                      Index ldc, Index M, Index N, Index K) {
-        constexpr int widest = Set::registers >= 32 ? 4 : 2;  // 6 x 4 or 6 x 2 sums stay in registers
-        constexpr Index lanes = simd::Native<Set, A>::lanes;
-        Index n = 0;
-        for (; n + widest * lanes <= N; n += widest * lanes)
-            panel<Set, widest>(a, a_row, a_col, b + n, ldb, c + n, ldc, M, K);
-        if constexpr (widest > 2)
-            for (; n + 2 * lanes <= N; n += 2 * lanes)
-                panel<Set, 2>(a, a_row, a_col, b + n, ldb, c + n, ldc, M, K);
-        for (; n < N; n += lanes) panel<Set, 1>(a, a_row, a_col, b + n, ldb, c + n, ldc, M, K);
-    }
-};
+/// c (M, N) = or += a b, for a left operand of any strides; N is a multiple of the padding.
+template <class A>
+void multiply(Isa isa, const A* a, Index a_row, Index a_col, const A* b, Index ldb, A* c, Index ldc, Index M, Index N, Index K,
+              bool add) {
+    using G = simd::Gemm<A>;
+    simd::run_body<G>(isa, typename G::Args{a, a_row, a_col, b, ldb, c, ldc, M, N, K, add});
+}
 
 /// Running statistics of the queries of a block (eq. 13), one lane each.
 template <class A>
@@ -423,14 +373,14 @@ void accumulate(Isa isa, const Tile& tile, RowRange range, bool masked, const A*
     bool together = true;
     if (masked) simd::run_body<Finite<A>>(isa, x, tile.rows * ld, &together);
     if (together) {
-        simd::run_body<Gemm<A, true>>(isa, weights + range.begin, Index(1), tile_stride, x, ld,
-                                      sum + range.begin * ld, ld, range.end - range.begin, ld, tile.rows);
+        multiply(isa, weights + range.begin, 1, tile_stride, x, ld, sum + range.begin * ld, ld, range.end - range.begin, ld,
+                 tile.rows, true);
         return;
     }
     for (Index c = range.begin; c < range.end; ++c) {
         const RowRange r = tile.rows_of(c);
-        simd::run_body<Gemm<A, true>>(isa, weights + r.begin * tile_stride + c, Index(1), tile_stride,
-                                      x + r.begin * ld, ld, sum + c * ld, ld, Index(1), ld, r.end - r.begin);
+        multiply(isa, weights + r.begin * tile_stride + c, 1, tile_stride, x + r.begin * ld, ld, sum + c * ld, ld, 1, ld,
+                 r.end - r.begin, true);
     }
 }
 
@@ -554,9 +504,8 @@ struct TiledCall {
     }
     /// tile[r][c] = left row r . transposed column c
     void products(const A* left, Index dim, const A* right, RowRange columns, Index rows, A* tile) const {
-        simd::run_body<Gemm<A, false>>(isa, left, padded(dim), Index(1), right + columns.begin, tile_stride,
-                                       tile + columns.begin, tile_stride, rows, columns.end - columns.begin,
-                                       dim);
+        multiply(isa, left, padded(dim), 1, right + columns.begin, tile_stride, tile + columns.begin, tile_stride, rows,
+                 columns.end - columns.begin, dim, false);
     }
     /// lse and delta - dlse of queries of a sequence. A row that read nothing has no weights: inf.
     void load_statistics(Index b, Index h, const Sequence& q, Index first, Index count, A* lse,
@@ -874,8 +823,7 @@ void cached_step(const cpu& exec, const Options& options, const State<T>& state,
                 simd::run_body<StepScores<A, Score::sigmoid>>(isa, q, group, ldk, k, k_stride, rows, w.scores,
                                                               bias, w.running);
             }
-            simd::run_body<Gemm<A, true>>(isa, static_cast<const A*>(w.scores), inner_block, Index(1), v,
-                                          v_stride, w.sum, ldv, group, ldv, rows);
+            multiply<A>(isa, w.scores, inner_block, 1, v, v_stride, w.sum, ldv, group, ldv, rows, true);
         }
         for (Index g = 0; g < group; ++g) {
             const A factor = options.score == Score::softmax ? normalizer(w.running.sum[g]) : A(1);

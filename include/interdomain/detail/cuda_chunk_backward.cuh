@@ -1,4 +1,4 @@
-// Backward of chunks, in any order, in two kernels with the adjoint's sweep between them (eq. 18 to 23 of
+// Backward of chunks, in any order, in two kernels with the adjoint's sweep between them (eq. 20 to 25 of
 // docs/ops/interdomain.md): query_gradient_kernel needs the states that enter chunks, token_gradient_kernel the adjoints
 // that come back into them.
 #pragma once
@@ -9,7 +9,7 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace interdomain::detail::chunks {
 
 /// Sums over tokens that the parameters' gradients are made of; each block leaves its own.
-/// lags: (chunk, 2 modes), D of eq. 23 by columns of the table, conjugated. mix: (modes, modes), H of eq. 21, conjugated
+/// lags: (chunk, 2 modes), D of eq. 24 by columns of the table, conjugated. mix: (modes, modes), H of eq. 23, conjugated
 /// (for real_parts half of dC). scaled: (modes), the sum for Lam dLam that does not pass through `lags`, conjugated.
 template <class T>
 struct PartialSums {
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
         steps.put(c, scaled + (1 - side) * S::coefficients);  // p, then w
         __syncthreads();
 
-        // Lam dLam from what crossed into the chunk: age t + 1 at its token t (eq. 23).
+        // Lam dLam from what crossed into the chunk: age t + 1 at its token t (eq. 24).
         steps.add_scaled(scaled_sum, kept, shared.w[1 - side]);
         steps.weights(w, shared.table, shared.weights[side]);
 #pragma unroll
@@ -354,7 +354,7 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
 
 inline constexpr int finish_threads = 256;
 
-/// One block a kv head: adds the parts in order, then the chain rule (eq. 23).
+/// One block a kv head: adds the parts in order, then the chain rule (eq. 25).
 template <class T, class P>
 __global__ void __launch_bounds__(finish_threads)
     finish_parameters_kernel(Discretization disc, Params<P> params, Index M, Tables<T> tables, PartialSums<T> query, Index query_parts,
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(finish_threads)
     }
 }
 
-/// dC = conj(C) (H + H^T) (eq. 21), or, for real_parts, twice what the parts have. A block has finish_rows rows of a head.
+/// dC = conj(C) (H + H^T) (eq. 23), or, for real_parts, twice what the parts have. A block has finish_rows rows of a head.
 inline constexpr int finish_rows = 8;
 template <class T, class P>
 __global__ void __launch_bounds__(finish_threads)

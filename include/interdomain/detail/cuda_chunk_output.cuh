@@ -1,4 +1,4 @@
-// Outputs of chunks, in any order, from the states that enter them (eq. 14 to 16 of docs/ops/interdomain.md).
+// Outputs of chunks, in any order, from the states that enter them (eq. 14 to 17 of docs/ops/interdomain.md).
 #pragma once
 
 #include <interdomain/detail/cuda_chunk_steps.cuh>

@@ -144,7 +144,6 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
     const Borders<T> kept(saved_arena, w.plan, s);
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.o, in.cu_seqlens));
     if (w.plan.slots == 0 || s.kv_heads == 0) return {};
-    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.length));
     INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.tables));
     const Index border = w.plan.border_size(s);
     const float* carry_in = nullptr;
@@ -182,7 +181,6 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.k, in.cu_seqlens));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.v, in.cu_seqlens));
     if (s.kv_heads == 0) return {};
-    INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.length));
     INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.tables));
     const Index border = w.plan.border_size(s);
     const float* adjoint_in = nullptr;

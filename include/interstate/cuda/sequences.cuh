@@ -2,7 +2,6 @@
 #pragma once
 
 #include <interstate/cuda/launch.cuh>
-#include <interstate/dispatch.hpp>
 #include <interstate/sequences.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -42,19 +41,6 @@ Status zero_outside(const cuda& exec, const View<T, Rank>& x, const View<const s
     if (!cu || !x || x.size() == 0) return {};
     return launch(exec, "zero_outside_sequences_kernel", zero_outside_sequences_kernel<T, Rank>,
                   {dim3(static_cast<unsigned>(x.extent[1])), dim3(128)}, x, cu);
-}
-
-/// Sets flag_bad_cu_seqlens where the only offset leaves [0, length].
-template <class Offset>
-__global__ void check_lone_offset_kernel(View<const Offset, 1> cu, Index length, std::uint32_t* flags) {
-    if (cu(0) < 0 || cu(0) > length) atomicOr(flags, flag_bad_cu_seqlens);
-}
-
-/// Without sequences no kernel looks at the one offset of cu_seqlens: this does.
-inline Status check_lone_offset(const cuda& exec, const View<const std::int32_t, 1>& cu, Index length) {
-    if (!cu || cu.extent[0] != 1 || !exec.flags) return {};
-    return launch(exec, "check_lone_offset_kernel", check_lone_offset_kernel<std::int32_t>, {dim3(1), dim3(1)}, cu,
-                  length, exec.flags);
 }
 
 /// Sets flag_bad_cu_seqlens where an offset is below the one before it, or leaves [0, length].
