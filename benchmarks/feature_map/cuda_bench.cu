@@ -9,7 +9,7 @@
 #include <feature_map/reference.hpp>
 #include <interstate/verify.cuh>
 
-#include "../support/cuda_random.cuh"
+#include "../support/cuda_bench.cuh"
 
 namespace {
 

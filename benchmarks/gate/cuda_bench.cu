@@ -4,7 +4,7 @@
 #include <gate/reference.hpp>
 #include <interstate/verify.cuh>
 
-#include "../support/cuda_random.cuh"
+#include "../support/cuda_bench.cuh"
 
 namespace {
 

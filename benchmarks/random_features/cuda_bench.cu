@@ -5,7 +5,7 @@
 #include <random_features/random_features.cuh>
 #include <random_features/reference.hpp>
 
-#include "../support/cuda_random.cuh"
+#include "../support/cuda_bench.cuh"
 
 namespace {
 

@@ -55,18 +55,19 @@ INTERSTATE_HD inline double random_unit(std::uint64_t i) {
 }
 
 template <class T>
-__global__ void fill_kernel(T* x, Index count, std::uint64_t first) {
+__global__ void fill_kernel(T* x, Index count, std::uint64_t first, double scale, double offset) {
     const Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < count) x[i] = T(random_unit(first + static_cast<std::uint64_t>(i)) - 0.5);
+    if (i < count) x[i] = T(scale * (random_unit(first + static_cast<std::uint64_t>(i)) - 0.5) + offset);
 }
 
-/// Device memory of numbers in [-1/2, 1/2); no two arrays the same.
+/// Device memory of numbers in offset -+ scale/2; no two arrays the same.
 template <class T>
 class RandomArray : public DeviceArray<T> {
   public:
-    RandomArray(Index count, int array) : DeviceArray<T>(static_cast<std::size_t>(count)) {
-        fill_kernel<<<static_cast<unsigned>(ceil_div(count, 256)), 256>>>(this->data(), count,
-                                                                          static_cast<std::uint64_t>(array) << 40);
+    RandomArray(Index count, int array, double scale = 1.0, double offset = 0.0) : DeviceArray<T>(static_cast<std::size_t>(count)) {
+        if (count == 0) return;
+        fill_kernel<<<static_cast<unsigned>(ceil_div(count, 256)), 256>>>(this->data(), count, static_cast<std::uint64_t>(array) << 40,
+                                                                          scale, offset);
         check(cudaGetLastError(), "fill_kernel");
     }
 };

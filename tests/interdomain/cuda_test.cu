@@ -67,6 +67,23 @@ double computed_tolerance(const Options& options, Method method, const std::stri
     return (std::is_same_v<T, bf16> ? 0x1p-9 : 0x1p-12) * 2.0 * 3.0 * cancelled;
 }
 
+/// How far results move when every row of q, k, v and dout.o is scaled by 1 +- the rounding of a factor: what sums of terms that
+/// cancel cannot be held to more closely, whatever computes them with rounded factors.
+template <class T>
+Case moved_by_rounding(Case in, const Options& options, RunOptions run) {
+    Random r(77);
+    const double rounding = std::is_same_v<T, bf16> ? 0x1p-9 : 0x1p-12;
+    for (const char* name : {"q", "k", "v", "dout.o"}) {
+        HostTensor& t = in.tensors.at(name);
+        const std::size_t width = static_cast<std::size_t>(t.extent[3]), rows = width > 0 ? t.values.size() / width : 0;
+        const HostTensor signs = r.uniform({static_cast<Index>(rows)}, -1.0, 1.0);
+        for (std::size_t i = 0; i < rows * width; ++i) t.values[i] *= signs.values[i / width] < 0.0 ? 1.0 - rounding : 1.0 + rounding;
+    }
+    Case moved;
+    if (!run_case<Operator, double, double>(reference{}, options, in, moved, run).ok()) moved = {};
+    return moved;
+}
+
 /// Every method that has a kernel, against one run of the reference. With a normaliser whose denominator is not
 /// `conditioned`, the chunked method is held to figures in float64 alone.
 template <class T, class P>
@@ -94,6 +111,7 @@ void expect_close(Checks& checks, const Case& c, Options options = {}, RunOption
         std::string beyond;
         const auto errors = compare(got, want);
         if (errors.empty()) beyond = "nothing compared";
+        Case moved;
         for (const TensorError& e : errors) {
             const TensorError storage = stored<T, P>(e.name, want.tensors.at(e.name));
             if (!storage.finite) continue;  // a small denominator leads beyond float16
@@ -104,9 +122,15 @@ void expect_close(Checks& checks, const Case& c, Options options = {}, RunOption
             const double bound = computed_tolerance<T>(options, method, e.name) + 1.02 * storage.relative;
             // What is below the range of float may come out as zero.
             const bool vanishes = sizeof(T) < 8 && e.largest < 1e-37;
+            if (e.relative <= bound || vanishes) continue;
+            double limit = bound;
+            if (sizeof(T) == 2 && method == Method::chunked) {
+                if (moved.tensors.empty()) moved = moved_by_rounding<T>(in, options, run);
+                if (moved.tensors.contains(e.name)) limit += 3.0 * compare(e.name, moved.tensors.at(e.name), want.tensors.at(e.name)).relative;
+            }
             char text[128];
-            std::snprintf(text, sizeof text, "%s: %.2e, may be %.2e; ", e.name.c_str(), e.relative, bound);
-            if (!(e.relative <= bound || vanishes)) beyond += text;
+            std::snprintf(text, sizeof text, "%s: %.2e, may be %.2e; ", e.name.c_str(), e.relative, limit);
+            if (!(e.relative <= limit)) beyond += text;
         }
         checks.expect(beyond.empty(), what, beyond.c_str());
     }
