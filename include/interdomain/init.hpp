@@ -15,7 +15,7 @@ template <class P>
 using MutableParams = BasicParams<P, complex<P>>;
 
 /// Re A = -1/2, im[m] = M/pi (M/(2m+1) - 1), log_dt uniform in [log dt_min, log dt_max], B = 1 (eq. 13), and C complex
-/// normal of variance 1/M^2, so that the readout neither grows nor shrinks with M. Deterministic in `seed` on every platform.
+/// normal of variance 1/M, so that it keeps the length of what it is applied to. Deterministic in `seed` on every platform.
 template <class P>
 Status initialize(std::uint64_t seed, const MutableParams<P>& params, double dt_min = 1e-3, double dt_max = 1e-1) {
     const Index H = params.log_neg_re.extent[0], M = params.log_neg_re.extent[1];
@@ -28,13 +28,14 @@ Status initialize(std::uint64_t seed, const MutableParams<P>& params, double dt_
                              dt_min, dt_max);
     Random64 random(seed);
     const auto modes = static_cast<double>(M);
+    const double deviation = M > 0 ? 1.0 / std::sqrt(modes) : 0.0;
     for (Index h = 0; h < H; ++h) {
         params.log_dt(h) = static_cast<P>(std::log(dt_min) + random.uniform() * (std::log(dt_max) - std::log(dt_min)));
         for (Index m = 0; m < M; ++m) {
             params.log_neg_re(h, m) = static_cast<P>(std::log(0.5));
             params.im(h, m) = static_cast<P>(modes / std::numbers::pi * (modes / (2.0 * static_cast<double>(m) + 1.0) - 1.0));
             params.B(h, m) = {P(1), P(0)};
-            for (Index n = 0; n < M; ++n) params.C(h, m, n) = cast<P>((1.0 / modes) * random.complex_normal());
+            for (Index n = 0; n < M; ++n) params.C(h, m, n) = cast<P>(deviation * random.complex_normal());
         }
     }
     return {};

@@ -268,7 +268,7 @@ TEST(InterdomainInit, FillsEveryParameter) {
                                                     view(C.data(), {H, M, M})};
     ASSERT_TRUE(interdomain::initialize(1, params).ok());
     double power = 0.0;
-    for (const auto& c : C) power += (c.re * c.re + c.im * c.im) * static_cast<double>(M * M) / static_cast<double>(C.size());
+    for (const auto& c : C) power += (c.re * c.re + c.im * c.im) * static_cast<double>(M) / static_cast<double>(C.size());
     EXPECT_NEAR(power, 1.0, 0.5);
     for (Index h = 0; h < H; ++h) {
         EXPECT_TRUE(log_dt[h] >= std::log(1e-3) && log_dt[h] <= std::log(1e-1));
