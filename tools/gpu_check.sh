@@ -5,7 +5,8 @@
 #   tools/gpu_check.sh build [DIR]   builds the CUDA tests and benchmarks into DIR (default build/gpu), with
 #                                    the runtime linked statically, so that DIR can be carried to another machine
 #                                    (cuFFT too where the toolkit has its static library; else the other machine
-#                                    needs libcufft on its LD_LIBRARY_PATH)
+#                                    needs libcufft on its LD_LIBRARY_PATH); for an H100, or for the architectures
+#                                    that INTERSTATE_GPU_ARCHITECTURES lists
 #   tools/gpu_check.sh [run [DIR]]   runs what DIR holds; needs a GPU, and PyTorch for the peers
 #
 # $OUT (default DIR/results) gets figures.jsonl, the JSON lines of the benchmarks and peers, and logs.tar.gz.
@@ -19,11 +20,12 @@ peers=(s4d s4d_sweep interdomain)
 golden=(interdomain s4d)
 
 build() {
-    cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON -DINTERSTATE_BUILD_TOOLS=ON -DINTERSTATE_BUILD_EXAMPLES=OFF &&
+    cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${INTERSTATE_GPU_ARCHITECTURES:-90a}" -DINTERSTATE_BUILD_TOOLS=ON -DINTERSTATE_BUILD_EXAMPLES=OFF &&
         ninja -C "$1" -t targets all | sed -n 's/^\(\(bench\/\)\{0,1\}[a-z0-9_]*_cuda_\(test\|bench\)\): CUDA_EXE.*/\1/p' |
             xargs ninja -C "$1" replay &&
         mkdir -p "$1/gpu" &&
-        cp "$1"/*_cuda_test "$1"/bench/*_cuda_bench "$1/tools/replay" "$1/gpu/"
+        cp "$1"/*_cuda_test "$1"/bench/*_cuda_bench "$1/tools/replay" "$1/gpu/" &&
+        strip "$1"/gpu/*
     local status=$?
     ls -l "$1/gpu"
     return $status
@@ -101,5 +103,5 @@ run() {
 case ${1-run} in
     build) build "${2-build/gpu}" ;;
     run) run "${2-build/gpu}" ;;
-    *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    *) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac

@@ -35,7 +35,7 @@ struct Plan {
         const double tensors = 2.0 * static_cast<double>(sizeof(T)) * static_cast<double>(s.batch * s.length) *
                                static_cast<double>((s.query_heads + s.kv_heads) * s.columns());
         // A third of all inputs, outputs and gradients, or what is little anyway.
-        const double room = std::max(0.36 * tensors, 0x1p26);
+        const double room = std::max(0.33 * tensors, 0x1p26);
         const Index rows = s.packed() ? 1 : std::max<Index>(s.batch, 1);
         slots_of_slice = static_cast<Index>(room / std::max(of_slot, 1.0)) / rows * rows;
         slots_of_slice = std::max(rows, std::min(slots_of_slice, slots));
