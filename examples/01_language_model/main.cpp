@@ -168,7 +168,8 @@ void print_table(const Experiment& run, const Baselines& bits) {
                     r.bytes_per_second, r.decode_us_256, r.decode_us_4096,
                     static_cast<long long>(r.state_bytes_256), static_cast<long long>(r.state_bytes_4096));
     }
-    std::printf("\nSame seed, same bits, for any number of threads. Trained parameters:");
+    std::printf("\nBits per byte, microseconds and state: lower is better.\n");
+    std::printf("Same seed, same bits, for any number of threads. Trained parameters:");
     for (const MixerRun& mixer : run.mixers)
         std::printf("  %s %016llx", mixer.name.c_str(),
                     static_cast<unsigned long long>(fingerprint(*mixer.model)));

@@ -97,9 +97,10 @@ struct Basis {
         for (Index m = 0; m < M; ++m) im[m] = 2.0 * std::numbers::pi / 1.5 * (m - 0.5 * (M - 1));
 
         std::vector<Complex> Lam(M), Bbar(M);
-        check(interdomain::discretize(executor, options, params(),
-                                      interdomain::Discrete<double>{view(Lam.data(), {Index(1), M}),
-                                                                    view(Bbar.data(), {Index(1), M}), {}}));
+        check(interdomain::discretize(
+            executor, options, params(),
+            interdomain::Discrete<double>{
+                view(Lam.data(), {Index(1), M}), view(Bbar.data(), {Index(1), M}), {}}));
 
         // Phi[n,m] = Lam[m]^(N-1-n) Bbar[m]: how much of token n is in mode m at the end. Modes m and
         // M-1-m are conjugate; the unitary T makes real columns of them, Psi = Phi T.
@@ -156,7 +157,8 @@ Numbers interdomain_attention(const Basis& basis, const Numbers& queries, const 
     const auto run = [&](const interdomain::Inputs<double>& in, const interdomain::Outputs<double>& out) {
         std::vector<char> memory(
             interdomain::workspace_size(executor, options, interdomain::shape_of(in), pass::forward));
-        check(interdomain::forward(executor, options, in, out, Saved{}, Workspace{memory.data(), memory.size()}));
+        check(interdomain::forward(executor, options, in, out, Saved{},
+                                   Workspace{memory.data(), memory.size()}));
     };
 
     auto past = tokens(0, length - 1);
@@ -207,12 +209,15 @@ int compare(const std::string& path) {
 
     double mean = 0.0;
     for (const double e : exact) mean += e / static_cast<double>(exact.size());
-    std::printf("words per verse in %lld chapters, smoothed by a Gaussian kernel of bandwidth %.0f chapters and read at\n"
-                "%zu places: %.1f on average, give or take %.1f\n\n",
-                static_cast<long long>(N), bandwidth, exact.size(), mean,
-                rms_difference(exact, Numbers(exact.size(), mean)));
-    std::printf("root mean square error of Interdomain Attention against exact kernel attention, words per verse,\n"
-                "median of three draws of the features (lower is better)\n\n");
+    std::printf(
+        "words per verse in %lld chapters, smoothed by a Gaussian kernel of bandwidth %.0f chapters and read "
+        "at\n"
+        "%zu places: %.1f on average, give or take %.1f\n\n",
+        static_cast<long long>(N), bandwidth, exact.size(), mean,
+        rms_difference(exact, Numbers(exact.size(), mean)));
+    std::printf(
+        "root mean square error of Interdomain Attention against exact kernel attention, words per verse,\n"
+        "median of three draws of the features (lower is better)\n\n");
 
     const std::vector<Index> feature_counts{256, 1024, 4096, 16384}, mode_counts{8, 16, 32, 64};
     constexpr int draws = 3;
@@ -245,8 +250,10 @@ int compare(const std::string& path) {
     double fewest_modes = 0.0;
     for (const Index M : mode_counts) {
         const Basis basis(M, N);
-        std::printf("%4lld modes (rank %2lld)     ", static_cast<long long>(M), static_cast<long long>(basis.kept));
-        print_row([&](const Draw& d) { return interdomain_attention(basis, d.queries, d.keys, values, d.R); });
+        std::printf("%4lld modes (rank %2lld)     ", static_cast<long long>(M),
+                    static_cast<long long>(basis.kept));
+        print_row(
+            [&](const Draw& d) { return interdomain_attention(basis, d.queries, d.keys, values, d.R); });
         if (M == mode_counts.front()) fewest_modes = errors.back();
     }
     const double best = errors.back(), fewest_features = errors.front();

@@ -17,7 +17,8 @@ inline const std::vector<MixerEntry>& all_mixers() {
     static const std::vector<MixerEntry> entries{
         {"s4d", "diagonal state space layer, gated", true, make_mixer<S4dMixer>},
         {"softmax", "causal softmax attention, rotary positions", true, make_mixer<SoftmaxMixer>},
-        {"interdomain", "Interdomain Attention: queries read a compressed past", true, make_mixer<InterdomainMixer>},
+        {"interdomain", "Interdomain Attention: queries read a compressed past", true,
+         make_mixer<InterdomainMixer>},
         {"s4d_only", "the same without keys, values and queries", true, make_mixer<S4dOnlyMixer>},
     };
     return entries;

@@ -71,10 +71,12 @@ class FeatureMap {
             executor, options_, feature_map::shape_of(in), interstate::pass::backward));
         const feature_map::Grads<float> grads{
             .x = dx,
-            .params = params<float>(conv_weight_.gradient, conv_bias_.gradient, scale_.gradient, bias_.gradient)};
-        check(feature_map::backward(executor, options_, in, feature_map::Outputs<float>{}, interstate::Saved{},
-                                    feature_map::Upstream<float>{.y = dy}, grads, workspace),
-              "feature_map::backward");
+            .params =
+                params<float>(conv_weight_.gradient, conv_bias_.gradient, scale_.gradient, bias_.gradient)};
+        check(
+            feature_map::backward(executor, options_, in, feature_map::Outputs<float>{}, interstate::Saved{},
+                                  feature_map::Upstream<float>{.y = dy}, grads, workspace),
+            "feature_map::backward");
     }
 
     void begin_decode() { past_.setZero(past(), heads_ * features_); }
@@ -85,7 +87,8 @@ class FeatureMap {
         feature_map::Token<float> token{.x = view(x, {Index(1), heads_, features_})};
         if (options_.rope != feature_map::Rope::none) token.position = view(&position, {Index(1)});
         const feature_map::TokenOut<float> out{view(y, {Index(1), heads_, features_})};
-        const auto parameters = params<const float>(conv_weight_.value, conv_bias_.value, scale_.value, bias_.value);
+        const auto parameters =
+            params<const float>(conv_weight_.value, conv_bias_.value, scale_.value, bias_.value);
         const auto workspace = scratch.workspace(feature_map::workspace_size(
             executor, options_, feature_map::shape_of(parameters, token), interstate::pass::step));
         check(feature_map::step(executor, options_, parameters, state, token, out, workspace),
@@ -114,8 +117,9 @@ class FeatureMap {
         return p;
     }
     feature_map::Inputs<float> inputs() {
-        return {.x = x_,
-                .params = params<const float>(conv_weight_.value, conv_bias_.value, scale_.value, bias_.value)};
+        return {
+            .x = x_,
+            .params = params<const float>(conv_weight_.value, conv_bias_.value, scale_.value, bias_.value)};
     }
 
     feature_map::Options options_;
@@ -130,7 +134,8 @@ class InterdomainMixer final : public Mixer {
     InterdomainMixer(const std::string& name, const MixerConfig& config, Random& random)
         : layer_(layer_of(interdomain_layer::Cell::full, config)),
           in_(name + ".in", config.width, interdomain_layer::input_columns(layer_), random),
-          out_(name + ".out", interdomain_layer::output_columns(layer_), config.width, random, config.out_gain),
+          out_(name + ".out", interdomain_layer::output_columns(layer_), config.width, random,
+               config.out_gain),
           query_(name + ".query", *query_map(layer_), layer_.query_heads, layer_.features, layer_.taps),
           key_(name + ".key", *key_map(layer_), layer_.kv_heads, layer_.features, layer_.taps),
           value_(name + ".value", *value_map(layer_), layer_.kv_heads, layer_.value_dim, 0),
@@ -179,18 +184,21 @@ class InterdomainMixer final : public Mixer {
         dprojected_.resize(projected_.rows(), projected_.cols());
 
         const auto inputs = this->inputs();
-        const interdomain::Upstream<float> upstream{.o = heads_of(dmixed_, 0, layer_.query_heads, layer_.value_dim)};
-        const interdomain::Grads<float> grads{
-            .q = q_of(dmapped_),
-            .k = k_of(dmapped_),
-            .v = v_of(dmapped_),
-            .params = {vector(log_dt_.gradient), matrix(log_neg_re_.gradient), matrix(im_.gradient),
-                       {},  // B is fixed at one
-                       contraction(C_.gradient)}};
+        const interdomain::Upstream<float> upstream{
+            .o = heads_of(dmixed_, 0, layer_.query_heads, layer_.value_dim)};
+        const interdomain::Grads<float> grads{.q = q_of(dmapped_),
+                                              .k = k_of(dmapped_),
+                                              .v = v_of(dmapped_),
+                                              .params = {vector(log_dt_.gradient),
+                                                         matrix(log_neg_re_.gradient),
+                                                         matrix(im_.gradient),
+                                                         {},  // B is fixed at one
+                                                         contraction(C_.gradient)}};
         const auto workspace = workspace_.workspace(interdomain::workspace_size(
             executor, options_, interdomain::shape_of(inputs), interstate::pass::backward));
-        check(interdomain::backward(executor, options_, inputs, outputs(), saved_, upstream, grads, workspace),
-              "interdomain::backward");
+        check(
+            interdomain::backward(executor, options_, inputs, outputs(), saved_, upstream, grads, workspace),
+            "interdomain::backward");
 
         query_.backward(q_of(dmapped_), q_of(dprojected_), workspace_);
         key_.backward(k_of(dmapped_), k_of(dprojected_), workspace_);

@@ -21,7 +21,8 @@ class S4dOnlyMixer final : public Mixer {
     S4dOnlyMixer(const std::string& name, const MixerConfig& config, Random& random)
         : layer_(layer_of(interdomain_layer::Cell::s4d_only, config)),
           in_(name + ".in", config.width, interdomain_layer::input_columns(layer_), random),
-          out_(name + ".out", interdomain_layer::output_columns(layer_), config.width, random, config.out_gain),
+          out_(name + ".out", interdomain_layer::output_columns(layer_), config.width, random,
+               config.out_gain),
           log_dt_(name + ".log_dt", 1, heads(), false, 0.3f),
           log_neg_re_(name + ".log_neg_re", heads(), modes(), false, 0.3f),
           im_(name + ".im", heads(), modes(), false, 0.3f),
@@ -32,11 +33,10 @@ class S4dOnlyMixer final : public Mixer {
         // The modes begin as those of Interdomain Attention do.
         std::vector<Complex> B(static_cast<std::size_t>(heads() * modes())),
             C(static_cast<std::size_t>(heads() * modes() * modes()));
-        const interdomain::MutableParams<float> shared{view(log_dt_.value.data(), {heads()}),
-                                                       view(log_neg_re_.value.data(), {heads(), modes()}),
-                                                       view(im_.value.data(), {heads(), modes()}),
-                                                       view(B.data(), {heads(), modes()}),
-                                                       view(C.data(), {heads(), modes(), modes()})};
+        const interdomain::MutableParams<float> shared{
+            view(log_dt_.value.data(), {heads()}), view(log_neg_re_.value.data(), {heads(), modes()}),
+            view(im_.value.data(), {heads(), modes()}), view(B.data(), {heads(), modes()}),
+            view(C.data(), {heads(), modes(), modes()})};
         check(interdomain::initialize(random.next(), shared), "interdomain::initialize");
         C_.fill_normal(random, std::sqrt(0.5));  // complex numbers of variance one, as in s4d/init.hpp
     }
