@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
     const int thread = static_cast<int>(threadIdx.x), side = lane.warp / group_warps;  // 0: from q, 1: from dout
     const int hq = static_cast<int>(blockIdx.y), query_heads = static_cast<int>(gridDim.y), h = hq / run.group, heads = query_heads / run.group;
     const Index part = static_cast<Index>(blockIdx.y) * gridDim.x + blockIdx.x;
-    const complex<float>* const powers = tables.powers + h * Tables<T>::power_size;
+    const auto* const powers = tables.powers + h * Tables<T>::power_size;
     E* const s = shared.state[1];
 
     // What a warp sums: lags, rows 16 lag_row ... of the table; mix, 16 modes of e by 16 of a.
@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
                 passing.im += g.x * a.x - f.x * b.x + (g.y * a.y - f.y * b.y);
             }
         }
-        const complex<float> power = conj(tables.powers[h * Tables<T>::power_size + count * padded + m]);
+        const complex<float> power = conj(cast<float>(tables.powers64[h * Tables<T>::power_size + count * padded + m]));
         scaled += static_cast<float>(count) * (power * passing);
 
         put_tiles<padded>(c, shared.from[side], row, first, lane);

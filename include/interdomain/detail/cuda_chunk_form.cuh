@@ -154,17 +154,21 @@ struct Lane {
 
 }  // namespace INTERSTATE_KERNELS
 
-/// What kernels share of a key/value head: powers Lam^n, n = 0 .. chunk, in float64 and float32 (chunk + 1, modes);
+/// A power as the kernels of chunks multiply by it: where products have 8 bits, 11 are enough.
+template <class T>
+using Power = std::conditional_t<Form<T>::precision == device::Precision::bfloat, f16, float>;
+
+/// What kernels share of a key/value head: powers Lam^n, n = 0 .. chunk, in float64 and as Power (chunk + 1, modes);
 /// table[j] = Lam^(chunk - 1 - j) Bbar (chunk, 2 modes); mix, conj(C^T C) or, for real_parts, C (modes, 2 modes).
 template <class T>
 struct Tables {
     using E = typename Form<T>::Element;
     complex<double>* powers64;
-    complex<float>* powers;
+    complex<Power<T>>* powers;
     E *table, *mix;
     Tables(Arena& arena, const Shape& s)
         : powers64(arena.take<complex<double>>(s.kv_heads * power_size)),
-          powers(arena.take<complex<float>>(s.kv_heads * power_size)),
+          powers(arena.take<complex<Power<T>>>(s.kv_heads * power_size)),
           table(arena.take<E>(s.kv_heads * Sizes<T>::coefficients)),
           mix(arena.take<E>(s.kv_heads * Sizes<T>::mix)) {}
     static constexpr Index power_size = (Sizes<T>::chunk + 1) * padded;

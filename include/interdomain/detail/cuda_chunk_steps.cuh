@@ -93,11 +93,24 @@ struct Steps {
             for (int e = 0; e < 4; e += 2) f(i, e, at + 64 * i + e * 4 * wide, t + 4 * e, m + 4 * i);
     }
     /// The powers Lam^(t+1) of a WideTiles.
-    struct Powers {
-        float4 x[wide_tiles / 2][2];  // of two neighbouring modes
-        __device__ Powers(const Steps& steps, const complex<float>* powers) {
-            steps.each_pair([&](int i, int e, int, int t, int m) { x[i / 2][e / 2] = *reinterpret_cast<const float4*>(powers + (t + 1) * padded + m); });
+    class Powers {
+      public:
+        __device__ Powers(const Steps& steps, const complex<Power<T>>* powers) {
+            steps.each_pair([&](int i, int e, int, int t, int m) {
+                x_[i / 2][e / 2] = *reinterpret_cast<const Two*>(powers + (t + 1) * padded + m);
+            });
         }
+        /// Of two neighbouring modes, in a lane's pair e of tile i.
+        __device__ float4 operator()(int i, int e) const {
+            const complex<Power<T>>(&x)[2] = x_[i / 2][e / 2].x;
+            return {device::load_as<float>(x[0].re), device::load_as<float>(x[0].im), device::load_as<float>(x[1].re), device::load_as<float>(x[1].im)};
+        }
+
+      private:
+        struct alignas(2 * sizeof(complex<Power<T>>)) Two {
+            complex<Power<T>> x[2];
+        };
+        Two x_[wide_tiles / 2][2];
     };
 
     /// What the entering state adds: Lam^(t+1) (X x[t]).
@@ -105,7 +118,7 @@ struct Steps {
         device::clear(c);
         device::multiply<F::precision, padded>(c, device::as_stored<padded>(x), row, device::as_stored<padded>(state), wide_column(), 0, lane.index);
         each_pair([&](int i, int e, int, int, int) {
-            const float4 p = powers.x[i / 2][e / 2];
+            const float4 p = powers(i, e);
             const float re0 = c[i][e], re1 = c[i][e + 1], im0 = c[i + 1][e], im1 = c[i + 1][e + 1];
             c[i][e] = p.x * re0 - p.y * im0;
             c[i + 1][e] = p.x * im0 + p.y * re0;
@@ -221,7 +234,7 @@ struct Steps {
     /// conj(Lam)^(t+1) o conj(w).
     __device__ void scale(WideTiles& c, const Powers& powers) const {
         each_pair([&](int i, int e, int, int, int) {
-            const float4 p = powers.x[i / 2][e / 2];
+            const float4 p = powers(i, e);
             const float re0 = c[i][e], re1 = c[i][e + 1], im0 = c[i + 1][e], im1 = c[i + 1][e + 1];
             c[i][e] = p.x * re0 + p.y * im0;
             c[i + 1][e] = p.x * im0 - p.y * re0;

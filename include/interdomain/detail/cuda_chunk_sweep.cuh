@@ -44,7 +44,7 @@ struct SweepShared {
 /// Block (recurrence or slot, kv head, half and columns): X = Lam^T X + table^T z (eq. 18), or Y = conj(Lam)^T Y + scaled^T z (eq. 22). A warp
 /// has 8 modes, real and imaginary parts in one lane, and all of the columns.
 template <class T, bool adjoint>
-__global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Element) == 2 ? 3 : 2) sweep_kernel(Sweep<T> run, Tables<T> tables) {
+__global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Element) == 2 ? 4 : 2) sweep_kernel(Sweep<T> run, Tables<T> tables) {
     using S = Sizes<T>;
     using F = Form<T>;
     using E = typename F::Element;

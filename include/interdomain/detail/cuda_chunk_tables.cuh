@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(table_threads) powers_kernel(Discretization di
     using S = Sizes<T>;
     const Index h = blockIdx.x;
     complex<double>* const powers64 = tables.powers64 + h * Tables<T>::power_size;
-    complex<float>* const powers = tables.powers + h * Tables<T>::power_size;
+    auto* const powers = tables.powers + h * Tables<T>::power_size;
     auto* const table = tables.table + h * S::coefficients;
     const int m = static_cast<int>(threadIdx.x) % padded;
     Mode mode{};
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(table_threads) powers_kernel(Discretization di
     c64 power = m < M ? s4d::detail::raise(mode.Abar, first) : c64{};
     for (int n = first; n < first + each + (part == parts - 1 ? 1 : 0); ++n) {
         powers64[n * padded + m] = power;
-        powers[n * padded + m] = cast<float>(power);
+        powers[n * padded + m] = {Power<T>(static_cast<float>(power.re)), Power<T>(static_cast<float>(power.im))};
         if (n < S::chunk) {
             const c64 x = power * mode.Bbar;
             const int at = device::blocked<S::wide>(S::chunk - 1 - n, m / 8 * 16 + m % 8);
