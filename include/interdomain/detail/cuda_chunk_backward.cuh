@@ -105,6 +105,7 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
     typename St::ScaledSums scaled_sum = {};
     device::copy_matrix<S::coefficients, query_threads>(shared.table, tables.table + h * S::coefficients, thread);
     device::copy_matrix<S::mix, query_threads>(shared.mix, tables.mix + h * S::mix, thread);
+    device::wait_for_previous_kernel();
 
     const auto bring_tokens = [&](const Chunk<chunk_size>& chunk, int buffer) {
         const int count = chunk.rows(), row = chunk.row();
@@ -277,6 +278,7 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
     const int m = thread % padded, quarter = thread / padded;
     complex<float> scaled{};
     device::copy_matrix<S::coefficients, token_threads>(shared.table, tables.table + h * S::coefficients, thread);
+    device::wait_for_previous_kernel();
 
     for (ChunkList<chunk_size> list(run.slots, run.slice); list.more(); list.next()) {
         const Chunk<chunk_size> chunk = list.chunk;

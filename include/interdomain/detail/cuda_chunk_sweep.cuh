@@ -52,6 +52,8 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     auto& shared = *reinterpret_cast<SweepShared<T, adjoint>*>(shared_bytes);
 
+    device::wait_for_previous_kernel();
+    device::let_next_kernel_start();
     const Slots& slots = run.slots;
     const int stride = slots.stride(), h = static_cast<int>(blockIdx.y), heads = static_cast<int>(gridDim.y), half = static_cast<int>(blockIdx.z) / sweep_blocks;
     const int first_column = static_cast<int>(blockIdx.z) % sweep_blocks * sweep_columns;
@@ -182,7 +184,7 @@ Status launch_sweep(const cuda& exec, const Sweep<T>& run, const Tables<T>& tabl
     const int blocks = run.slots.cu ? run.slice.end - run.slice.begin : run.slots.stride();
     return launch(exec, adjoint ? "adjoint_sweep_kernel" : "sweep_kernel", sweep_kernel<T, adjoint>,
                   {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads), 2 * sweep_blocks), dim3(sweep_threads),
-                   sizeof(SweepShared<T, adjoint>)},
+                   sizeof(SweepShared<T, adjoint>), true},
                   run, tables);
 }
 

@@ -14,6 +14,7 @@ template <class T, class P>
 __global__ void __launch_bounds__(table_threads) powers_kernel(Discretization disc, Params<P> params, Index M, Tables<T> tables) {
     using S = Sizes<T>;
     const Index h = blockIdx.x;
+    device::wait_for_previous_kernel();
     complex<double>* const powers64 = tables.powers64 + h * Tables<T>::power_size;
     auto* const powers = tables.powers + h * Tables<T>::power_size;
     auto* const table = tables.table + h * S::coefficients;
@@ -42,6 +43,7 @@ template <class T, class P>
 __global__ void __launch_bounds__(table_threads) mix_kernel(Readout readout, View<const complex<P>, 3> C, Index M, Tables<T> tables) {
     using S = Sizes<T>;
     const Index h = blockIdx.x;
+    device::wait_for_previous_kernel();
     auto* const mix = tables.mix + h * S::mix;
     for (int i = static_cast<int>(threadIdx.x); i < mix_rows * padded; i += table_threads) {
         const int n = static_cast<int>(blockIdx.y) * mix_rows + i / padded, k = i % padded;
@@ -61,9 +63,9 @@ __global__ void __launch_bounds__(table_threads) mix_kernel(Readout readout, Vie
 template <class T, class P>
 Status make_tables(const cuda& exec, const Options& options, const Params<P>& params, const Shape& s, const Tables<T>& tables) {
     const auto heads = static_cast<unsigned>(s.kv_heads);
-    INTERSTATE_RETURN_IF_ERROR(launch(exec, "powers_kernel", powers_kernel<T, P>, {dim3(heads), dim3(table_threads)}, options.disc,
+    INTERSTATE_RETURN_IF_ERROR(launch(exec, "powers_kernel", powers_kernel<T, P>, {dim3(heads), dim3(table_threads), 0, true}, options.disc,
                                       params, s.modes, tables));
-    return launch(exec, "mix_kernel", mix_kernel<T, P>, {dim3(heads, padded / mix_rows), dim3(table_threads)}, options.readout,
+    return launch(exec, "mix_kernel", mix_kernel<T, P>, {dim3(heads, padded / mix_rows), dim3(table_threads), 0, true}, options.readout,
                   params.C, s.modes, tables);
 }
 

@@ -214,7 +214,7 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
         INTERSTATE_RETURN_IF_ERROR(launch(
             exec, "query_gradient_kernel",
             options.readout == Readout::real_parts ? query_gradient_kernel<T, true> : query_gradient_kernel<T, false>,
-            {dim3(static_cast<unsigned>(w.plan.query_parts), static_cast<unsigned>(s.query_heads)), dim3(query_threads), sizeof(QueryShared<T>)},
+            {dim3(static_cast<unsigned>(w.plan.query_parts), static_cast<unsigned>(s.query_heads)), dim3(query_threads), sizeof(QueryShared<T>), true},
             run, w.tables));
 
         Sweep<T> adjoint = states;
@@ -232,7 +232,7 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
         run.sums = w.token;
         INTERSTATE_RETURN_IF_ERROR(launch(
             exec, "token_gradient_kernel", token_gradient_kernel<T>,
-            {dim3(static_cast<unsigned>(w.plan.token_parts), static_cast<unsigned>(s.kv_heads)), dim3(token_threads), sizeof(TokenShared<T>)},
+            {dim3(static_cast<unsigned>(w.plan.token_parts), static_cast<unsigned>(s.kv_heads)), dim3(token_threads), sizeof(TokenShared<T>), true},
             run, w.tables));
     }
 
