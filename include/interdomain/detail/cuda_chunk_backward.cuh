@@ -292,7 +292,7 @@ class TokenSums {
     __device__ void add_lags(const Lane& lane, const E* z, const E* adjoint) {
         device::multiply<F::precision, padded>(lags_, device::as_stored<padded>(z), row(lane), device::as_stored<padded>(adjoint), column(lane), 0, lane.index);
     }
-    /// passing += rowsum(Y o X) over `columns` columns of a panel, for this thread's mode. `states` is not in shared memory.
+    /// passing += rowsum(Y o X) over `columns` columns of a panel, for this thread's mode.
     template <int columns>
     __device__ static void add_passing(complex<float>& passing, const E* states, const E* adjoint, int first_column) {
         const int place = device::blocked<padded>(mode() / 8 * 16 + mode() % 8, first_column);

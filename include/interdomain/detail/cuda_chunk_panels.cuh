@@ -58,11 +58,58 @@ __device__ void take_rows(const typename Form<T>::Element* from, const HeadRows<
         from, device::Rows<T>(to.view, chunk.batch(), chunk.row(), head, chunk.rows(), to.wide, panel * padded), shift, thread);
 }
 
+/// Where there is room in shared memory, what the next step needs is on its way during a step.
+template <class T>
+inline constexpr int step_buffers = sizeof(typename Form<T>::Element) == 2 ? 2 : 1;
+
+/// For each chunk of a block, `count` steps: bring(chunk, at, step, buffer) starts copies, work(chunk, at, step, buffer) has them
+/// (between barriers), and finish(chunk, at, buffer) follows the last step.
+template <class T, class Bring, class Work, class Finish>
+__device__ void in_steps(const Slots& slots, const Slice& slice, int count, Bring&& bring, Work&& work, Finish&& finish) {
+    constexpr int buffers = step_buffers<T>;
+    using Chunk = chunks::Chunk<Sizes<T>::chunk>;
+    ChunkList<Sizes<T>::chunk> list(slots, slice);
+    struct Place {
+        Chunk chunk;
+        Index at;
+        int step;
+    } next{list.chunk, list.slot - slice.begin, 0};
+    int buffer = 0;
+    const auto bring_next = [&](int to) {
+        bring(next.chunk, next.at, next.step, to);
+        device::commit_copies();
+    };
+    if (list.more()) bring_next(0);
+    while (list.more()) {
+        const Place here = next;
+        if (++next.step == count) {
+            list.next();
+            next = {list.chunk, list.slot - slice.begin, 0};
+        }
+        if (buffers == 2 && list.more()) {
+            bring_next(buffer ^ 1);
+            device::wait_for_all_but<1>();
+        } else {
+            device::wait_for_all_but<0>();
+        }
+        __syncthreads();
+        work(here.chunk, here.at, here.step, buffer);
+        __syncthreads();
+        if (here.step + 1 == count) finish(here.chunk, here.at, buffer);
+        buffer ^= buffers - 1;
+        if (buffers == 1 && list.more()) {
+            __syncthreads();
+            bring_next(0);
+        }
+    }
+}
+
 template <class T>
 struct PanelCoefficientsShared {
     using S = Sizes<T>;
     using E = typename Form<T>::Element;
-    E table[S::coefficients], state[S::state], x[S::tokens], y[S::tokens], scores[S::square];
+    static constexpr int buffers = step_buffers<T>;
+    E table[S::coefficients], state[buffers][S::state], x[buffers][S::tokens], y[buffers][S::tokens], scores[S::square];
 };
 
 /// Block (part, query head, panel of modes): a, or e (eq. 14, 20).
@@ -75,33 +122,35 @@ __global__ void __launch_bounds__(group_threads, 2) panel_coefficients_kernel(Pa
     const St steps;
     const int thread = static_cast<int>(threadIdx.x), hq = static_cast<int>(blockIdx.y), h = hq / run.group, of_modes = static_cast<int>(blockIdx.z);
     const Index table = static_cast<Index>(h) * run.panels.modes + of_modes;
-    const typename St::Powers powers(steps, tables.powers + table * Tables<T>::power_size);
     device::copy_matrix<S::coefficients, group_threads>(shared.table, tables.table + table * S::coefficients, thread);
-    for (ChunkList<S::chunk> list(run.slots, run.slice); list.more(); list.next()) {
-        const Index at = list.slot - run.slice.begin;
-        typename St::TokenTiles scores;
-        typename St::WideTiles c;
-        device::clear(scores);
-        device::clear(c);
-        for (int panel = 0; panel < run.panels_of_x(); ++panel) {
-            bring_rows<T>(shared.x, run.x, list.chunk, hq, panel, 0, thread);
-            bring_rows<T>(shared.y, run.y, list.chunk, h, panel, 0, thread);
-            device::copy_matrix<S::state, group_threads>(shared.state, run.state(at, h, of_modes, run.x_in_state() + panel), thread);
-            device::wait_for_copies();
+    using Chunk = chunks::Chunk<S::chunk>;
+    typename St::TokenTiles scores;
+    typename St::WideTiles c;
+    in_steps<T>(
+        run.slots, run.slice, run.panels_of_x(),
+        [&](const Chunk& chunk, Index at, int panel, int buffer) {
+            bring_rows<T>(shared.x[buffer], run.x, chunk, hq, panel, 0, thread);
+            bring_rows<T>(shared.y[buffer], run.y, chunk, h, panel, 0, thread);
+            device::copy_matrix<S::state, group_threads>(shared.state[buffer], run.state(at, h, of_modes, run.x_in_state() + panel), thread);
+        },
+        [&](const Chunk&, Index, int panel, int buffer) {
+            if (panel == 0) {
+                device::clear(scores);
+                device::clear(c);
+            }
+            steps.add_scores(scores, shared.x[buffer], shared.y[buffer]);
+            steps.add_products_with_state(c, shared.x[buffer], shared.state[buffer]);
+        },
+        [&](const Chunk&, Index at, int) {
+            steps.put_scores(scores, shared.scores);
+            steps.age(c, typename St::Powers(steps, tables.powers + table * Tables<T>::power_size));
+            if (run.of_state) steps.put_kept(c, run.of_state + run.panel(at, hq, 1 - run.side, of_modes));
             __syncthreads();
-            steps.add_scores(scores, shared.x, shared.y);
-            steps.add_products_with_state(c, shared.x, shared.state);
-            __syncthreads();
-        }
-        steps.age(c, powers);
-        if (run.of_state) steps.put_kept(c, run.of_state + run.panel(at, hq, 1 - run.side, of_modes));
-        steps.put_scores(scores, shared.scores);
-        __syncthreads();
-        steps.add_coefficients_of_chunk(c, shared.scores, shared.table);
-        steps.put_conjugates(c, run.a + run.panel(at, hq, run.side, of_modes));
-        if (run.of_state && of_modes == 0)
-            device::store_matrix<S::square, group_threads>(run.scores + run.member(at, hq, run.side) * S::square, shared.scores, thread);
-    }
+            steps.add_coefficients_of_chunk(c, shared.scores, shared.table);
+            steps.put_conjugates(c, run.a + run.panel(at, hq, run.side, of_modes));
+            if (run.of_state && of_modes == 0)
+                device::store_matrix<S::square, group_threads>(run.scores + run.member(at, hq, run.side) * S::square, shared.scores, thread);
+        });
 }
 
 /// What panel_readout_kernel makes: w of a, or for real_parts s of a and w of s.
@@ -111,7 +160,8 @@ template <class T>
 struct PanelReadoutShared {
     using S = Sizes<T>;
     using E = typename Form<T>::Element;
-    E from[S::coefficients], mix[S::mix];
+    static constexpr int buffers = step_buffers<T>;
+    E from[buffers][S::coefficients], mix[buffers][S::mix];
 };
 
 /// Block (part, query head, panel of modes): w, or p (eq. 15).
@@ -123,32 +173,33 @@ __global__ void __launch_bounds__(group_threads, 2) panel_readout_kernel(PanelRu
     auto& shared = *reinterpret_cast<PanelReadoutShared<T>*>(shared_bytes);
     const St steps;
     const int thread = static_cast<int>(threadIdx.x), hq = static_cast<int>(blockIdx.y), h = hq / run.group, of_modes = static_cast<int>(blockIdx.z);
-    for (ChunkList<S::chunk> list(run.slots, run.slice); list.more(); list.next()) {
-        const Index at = list.slot - run.slice.begin;
-        std::conditional_t<reads == Reads::halves, typename St::FeatureTiles, typename St::WideTiles> c;
-        device::clear(c);
-        for (int from = 0; from < run.panels.modes; ++from) {
+    using Chunk = chunks::Chunk<S::chunk>;
+    std::conditional_t<reads == Reads::halves, typename St::FeatureTiles, typename St::WideTiles> c;
+    in_steps<T>(
+        run.slots, run.slice, run.panels.modes,
+        [&](const Chunk&, Index at, int from, int buffer) {
             if constexpr (reads == Reads::of_halves)
-                device::copy_matrix<S::tokens, group_threads>(shared.from, run.halves + run.panel(at, hq, run.side, from, S::tokens), thread);
+                device::copy_matrix<S::tokens, group_threads>(shared.from[buffer], run.halves + run.panel(at, hq, run.side, from, S::tokens), thread);
             else
-                device::copy_matrix<S::coefficients, group_threads>(shared.from, run.a + run.panel(at, hq, run.side, from), thread);
+                device::copy_matrix<S::coefficients, group_threads>(shared.from[buffer], run.a + run.panel(at, hq, run.side, from), thread);
             const int row = reads == Reads::of_halves ? from : of_modes, column = reads == Reads::of_halves ? of_modes : from;
             device::copy_matrix<S::mix, group_threads>(
-                shared.mix, tables.mix + ((static_cast<Index>(h) * run.panels.modes + row) * run.panels.modes + column) * S::mix, thread);
-            device::wait_for_copies();
-            __syncthreads();
-            if constexpr (reads == Reads::all) steps.add_mixed(c, shared.from, shared.mix);
-            if constexpr (reads == Reads::halves) steps.add_half_of_real_parts(c, shared.from, shared.mix);
-            if constexpr (reads == Reads::of_halves) steps.add_mixed_real(c, shared.from, shared.mix);
-            __syncthreads();
-        }
-        if constexpr (reads == Reads::halves) {
-            steps.put_doubled(c, run.halves + run.panel(at, hq, run.side, of_modes, S::tokens));
-        } else {
-            if constexpr (reads == Reads::of_halves) steps.double_and_conjugate(c);
-            steps.put(c, run.w + run.panel(at, hq, run.side, of_modes));
-        }
-    }
+                shared.mix[buffer], tables.mix + ((static_cast<Index>(h) * run.panels.modes + row) * run.panels.modes + column) * S::mix, thread);
+        },
+        [&](const Chunk&, Index, int from, int buffer) {
+            if (from == 0) device::clear(c);
+            if constexpr (reads == Reads::all) steps.add_mixed(c, shared.from[buffer], shared.mix[buffer]);
+            if constexpr (reads == Reads::halves) steps.add_half_of_real_parts(c, shared.from[buffer], shared.mix[buffer]);
+            if constexpr (reads == Reads::of_halves) steps.add_mixed_real(c, shared.from[buffer], shared.mix[buffer]);
+        },
+        [&](const Chunk&, Index at, int) {
+            if constexpr (reads == Reads::halves) {
+                steps.put_doubled(c, run.halves + run.panel(at, hq, run.side, of_modes, S::tokens));
+            } else {
+                if constexpr (reads == Reads::of_halves) steps.double_and_conjugate(c);
+                steps.put(c, run.w + run.panel(at, hq, run.side, of_modes));
+            }
+        });
 }
 
 template <class T>
@@ -183,6 +234,8 @@ __global__ void __launch_bounds__(group_threads, 2) panel_output_kernel(PanelRun
             device::copy_matrix<S::coefficients, group_threads>(shared.w, run.w + run.panel(at, hq, run.side, of_modes), thread);
             device::copy_matrix<S::coefficients, group_threads>(shared.table, tables.table + table * S::coefficients, thread);
             if (reads) device::copy_matrix<S::state, group_threads>(shared.state, run.state(at, h, of_modes, run.z_in_state() + panel), thread);
+            if (reads && of_modes + 1 < run.panels.modes)
+                device::prefetch_matrix<S::state, group_threads>(run.state(at, h, of_modes + 1, run.z_in_state() + panel), thread);
             device::wait_for_copies();
             __syncthreads();
             steps.add_weights(weights, shared.w, shared.table);
@@ -216,9 +269,11 @@ template <class T, bool real_parts>
 struct PanelSumsShared {
     using S = Sizes<T>;
     using E = typename Form<T>::Element;
-    E a[2][S::coefficients], w[2][S::coefficients];
-    E scores[2][S::square];
-    E halves[real_parts ? 2 * S::tokens : 8];
+    struct Step {
+        E a[2][S::coefficients], w[2][S::coefficients];
+        E scores[2][S::square];
+        E halves[real_parts ? 2 * S::tokens : 8];
+    } step[step_buffers<T>];
     float of_warps[4 * padded * (S::chunk / 16)];
 };
 
@@ -237,30 +292,33 @@ __global__ void __launch_bounds__(query_threads, 1) panel_sums_kernel(PanelRun<T
     const Index part = static_cast<Index>(blockIdx.y) * gridDim.x + blockIdx.x;
     const PartialSums<T> own = partial.of(part * run.panels.modes + of_e, part * run.panels.mix() + blockIdx.z);
     QuerySums<T, real_parts> sums(steps.lane, own, first);
+    using Chunk = chunks::Chunk<S::chunk>;
     const auto bring = [&](auto& to, const auto* from) { device::copy_matrix<sizeof(to) / sizeof(to[0]), query_threads>(to, from, thread); };
-    for (ChunkList<S::chunk> list(run.slots, run.slice); list.more(); list.next()) {
-        const Index at = list.slot - run.slice.begin;
-        bring(shared.a[0], run.a + run.panel(at, hq, 0, of_a));
-        bring(shared.a[1], run.a + run.panel(at, hq, 1, real_parts ? of_a : of_e));
-        if constexpr (real_parts)
-            for (int i = 0; i < 2; ++i)
-                device::copy_matrix<S::tokens, query_threads>(shared.halves + i * S::tokens, run.halves + run.panel(at, hq, i, of_e, S::tokens), thread);
-        if (lags)
+    in_steps<T>(
+        run.slots, run.slice, 1,
+        [&](const Chunk&, Index at, int, int buffer) {
+            auto& to = shared.step[buffer];
+            bring(to.a[0], run.a + run.panel(at, hq, 0, of_a));
+            bring(to.a[1], run.a + run.panel(at, hq, 1, real_parts ? of_a : of_e));
             for (int i = 0; i < 2; ++i) {
-                bring(shared.scores[i], run.scores + run.member(at, hq, i) * S::square);
-                bring(shared.w[i], run.w + run.panel(at, hq, i, of_e));
+                if constexpr (real_parts)
+                    device::copy_matrix<S::tokens, query_threads>(to.halves + i * S::tokens, run.halves + run.panel(at, hq, i, of_e, S::tokens), thread);
+                if (!lags) continue;
+                bring(to.scores[i], run.scores + run.member(at, hq, i) * S::square);
+                bring(to.w[i], run.w + run.panel(at, hq, i, of_e));
             }
-        device::wait_for_copies();
-        __syncthreads();
-        if (lags) {
-            typename St::Kept of_state;
-            steps.get_kept(of_state, run.of_state + run.panel(at, hq, 1 - side, of_e));
-            sums.add_scaled(steps, of_state, shared.w[1 - side]);
-            sums.add_lags(steps.lane, shared.scores, shared.w);
-        }
-        sums.add_mix(steps.lane, shared.a, shared.halves);
-        __syncthreads();
-    }
+        },
+        [&](const Chunk&, Index at, int, int buffer) {
+            const auto& from = shared.step[buffer];
+            if (lags) {
+                typename St::Kept of_state;
+                steps.get_kept(of_state, run.of_state + run.panel(at, hq, 1 - side, of_e));
+                sums.add_scaled(steps, of_state, from.w[1 - side]);
+                sums.add_lags(steps.lane, from.scores, from.w);
+            }
+            sums.add_mix(steps.lane, from.a, from.halves);
+        },
+        [](const Chunk&, Index, int) {});
     sums.store_mix(steps.lane, own);
     if (lags) sums.store_lags_and_scaled(steps, own, first, shared.of_warps);
 }
@@ -286,7 +344,10 @@ template <class T>
 struct PanelTokenShared {
     using S = Sizes<T>;
     using E = typename Form<T>::Element;
-    E from[S::tokens], weights[S::square], table[S::coefficients], adjoint[S::state];
+    struct Step {
+        E table[S::coefficients];  // or tokens of q or dout, then dk or dv
+        E adjoint[S::state];       // or weights
+    } step[step_buffers<T>];
 };
 
 /// Block (part, kv head, panel of columns): dk or dv (eq. 21).
@@ -302,43 +363,53 @@ __global__ void __launch_bounds__(token_threads, 2) panel_token_gradient_kernel(
     const int h = static_cast<int>(blockIdx.y), heads = static_cast<int>(gridDim.y), column = static_cast<int>(blockIdx.z);
     const int side = column < run.panels.keys ? 0 : 1, panel = column - side * run.panels.keys;
     if (!run.dz[side].view) return;
-    for (ChunkList<S::chunk> list(run.slots, run.slice); list.more(); list.next()) {
-        const Index at = list.slot - run.slice.begin;
-        const int shift = S::chunk - list.chunk.rows();
-        typename St::FeatureTiles c;
-        device::clear(c);
-        for (int hq = h * run.group; hq < (h + 1) * run.group; ++hq) {
-            bring_rows<T>(shared.from, run.from[side], list.chunk, hq, panel, 0, thread);
-            // Those of the other side: dk from Q, dv from P.
-            bring_weights<T, 1>(shared.weights, run.weights + ((at * heads * run.group + hq) * 2 + 1 - side) * S::square, shift, thread);
-            device::wait_for_copies();
+    using Chunk = chunks::Chunk<S::chunk>;
+    typename St::FeatureTiles c;
+    // A step for each query head of the group, then one for each panel of modes.
+    in_steps<T>(
+        run.slots, run.slice, run.group + run.panels.modes,
+        [&](const Chunk& chunk, Index at, int step, int buffer) {
+            auto& to = shared.step[buffer];
+            if (step < run.group) {
+                const int hq = h * run.group + step;
+                bring_rows<T>(to.table, run.from[side], chunk, hq, panel, 0, thread);
+                // Those of the other side: dk from Q, dv from P.
+                bring_weights<T, 1>(to.adjoint, run.weights + ((at * heads * run.group + hq) * 2 + 1 - side) * S::square, S::chunk - chunk.rows(), thread);
+            } else {
+                const int of_modes = step - run.group;
+                device::copy_matrix<S::coefficients, token_threads>(
+                    to.table, tables.table + (static_cast<Index>(h) * run.panels.modes + of_modes) * S::coefficients, thread);
+                device::copy_matrix<S::state, token_threads>(to.adjoint, run.adjoints + run.state(at * heads + h, of_modes, column), thread);
+            }
+        },
+        [&](const Chunk& chunk, Index, int step, int buffer) {
+            const auto& from = shared.step[buffer];
+            if (step == 0) device::clear(c);
+            if (step < run.group) {
+                const bool whole = chunk.rows() == S::chunk;
+                device::multiply<F::precision>(c, device::transposed<S::chunk>(from.adjoint), row, device::transposed<padded>(from.table), first,
+                                               whole ? row : 0, whole ? S::chunk - row : S::chunk, lane);
+            } else {
+                device::multiply<F::precision, S::wide>(c, device::as_stored<S::wide>(from.table), row, device::transposed<padded>(from.adjoint), first, 0,
+                                                        lane);
+            }
+        },
+        [&](const Chunk& chunk, Index, int buffer) {
+            auto* const out = shared.step[buffer].table;
+            put_tiles<padded>(c, out, row, first, steps.lane);
             __syncthreads();
-            device::multiply<F::precision>(c, device::transposed<S::chunk>(shared.weights), row, device::transposed<padded>(shared.from), first,
-                                           shift == 0 ? row : 0, shift == 0 ? S::chunk - row : S::chunk, lane);
+            take_rows<T>(out, run.dz[side], chunk, h, panel, S::chunk - chunk.rows(), thread);
             __syncthreads();
-        }
-        for (int of_modes = 0; of_modes < run.panels.modes; ++of_modes) {
-            device::copy_matrix<S::coefficients, token_threads>(
-                shared.table, tables.table + (static_cast<Index>(h) * run.panels.modes + of_modes) * S::coefficients, thread);
-            device::copy_matrix<S::state, token_threads>(shared.adjoint, run.adjoints + run.state(at * heads + h, of_modes, column), thread);
-            device::wait_for_copies();
-            __syncthreads();
-            device::multiply<F::precision, S::wide>(c, device::as_stored<S::wide>(shared.table), row, device::transposed<padded>(shared.adjoint), first, 0,
-                                                    lane);
-            __syncthreads();
-        }
-        put_tiles<padded>(c, shared.from, row, first, steps.lane);
-        __syncthreads();
-        take_rows<T>(shared.from, run.dz[side], list.chunk, h, panel, shift, thread);
-        __syncthreads();
-    }
+        });
 }
 
 template <class T>
 struct PanelTokenSumsShared {
     using S = Sizes<T>;
     using E = typename Form<T>::Element;
-    E z[S::tokens], adjoint[S::state];
+    struct Step {
+        E z[S::tokens], state[S::state], adjoint[S::state];
+    } step[step_buffers<T>];
     typename TokenSums<T>::Shared scaled;
 };
 
@@ -354,23 +425,27 @@ __global__ void __launch_bounds__(token_threads, 2) panel_token_sums_kernel(Pane
     const Index part = (static_cast<Index>(blockIdx.y) * gridDim.x + blockIdx.x) * run.panels.modes + of_modes;
     const complex<double>* const powers = tables.powers64 + (static_cast<Index>(h) * run.panels.modes + of_modes) * Tables<T>::power_size;
     TokenSums<T> sums(lane, partial.of(part, 0), begin);
-    for (ChunkList<S::chunk> list(run.slots, run.slice); list.more(); list.next()) {
-        const Index at = list.slot - run.slice.begin;
-        const int count = list.chunk.rows();
-        complex<float> passing{};
-        for (int column = 0; column < run.panels.columns(); ++column) {
+    using Chunk = chunks::Chunk<S::chunk>;
+    complex<float> passing{};
+    in_steps<T>(
+        run.slots, run.slice, run.panels.columns(),
+        [&](const Chunk& chunk, Index at, int column, int buffer) {
+            auto& to = shared.step[buffer];
             const int side = column < run.panels.keys ? 0 : 1;
             const Index panel = run.state(at * heads + h, of_modes, column);
-            bring_rows<T>(shared.z, run.z[side], list.chunk, h, column - side * run.panels.keys, S::chunk - count, thread);
-            device::copy_matrix<S::state, token_threads>(shared.adjoint, run.adjoints + panel, thread);
-            device::wait_for_copies();
-            __syncthreads();
-            sums.add_lags(lane, shared.z, shared.adjoint);
-            TokenSums<T>::template add_passing<padded / 4>(passing, run.states + panel, shared.adjoint, TokenSums<T>::quarter() * (padded / 4));
-            __syncthreads();
-        }
-        sums.add_scaled(count, powers + count * padded, passing);
-    }
+            bring_rows<T>(to.z, run.z[side], chunk, h, column - side * run.panels.keys, S::chunk - chunk.rows(), thread);
+            device::copy_matrix<S::state, token_threads>(to.state, run.states + panel, thread);
+            device::copy_matrix<S::state, token_threads>(to.adjoint, run.adjoints + panel, thread);
+        },
+        [&](const Chunk&, Index, int, int buffer) {
+            const auto& from = shared.step[buffer];
+            sums.add_lags(lane, from.z, from.adjoint);
+            TokenSums<T>::template add_passing<padded / 4>(passing, from.state, from.adjoint, TokenSums<T>::quarter() * (padded / 4));
+        },
+        [&](const Chunk& chunk, Index, int) {
+            sums.add_scaled(chunk.rows(), powers + chunk.rows() * padded, passing);
+            passing = {};
+        });
     sums.store(lane, partial.of(part, 0), begin, shared.scaled);
 }
 
