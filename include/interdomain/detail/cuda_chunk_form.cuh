@@ -41,17 +41,19 @@ struct Form<f16> {
 /// Modes, features and value columns, padded to one size: a panel of a matrix has that many.
 inline constexpr int padded = 64;
 
-/// Panels of a shape: of modes, and of the columns of keys and of values. With one of each, kernels that keep a whole chunk in
+/// Panels of a shape: of modes, and of the columns of keys and of values. With one of each and no normaliser, kernels that keep a whole chunk in
 /// shared memory run (cuda_chunk_output.cuh, cuda_chunk_backward.cuh), else those of cuda_chunk_panels.cuh.
 struct Panels {
     int modes = 1, keys = 1, values = 1;
+    bool ones = false;  // the normaliser's channel of ones is another column of values
     Panels() = default;
-    explicit Panels(const Shape& s) : modes(count(s.modes)), keys(count(s.features)), values(count(s.value_dim)) {}
+    Panels(const Options& options, const Shape& s)
+        : modes(count(s.modes)), keys(count(s.features)), values(count(s.value_dim + (options.normalized() ? 1 : 0))), ones(options.normalized()) {}
     INTERSTATE_HD int columns() const { return keys + values; }
     /// Of a state, panel (modes, columns) after panel.
     INTERSTATE_HD int state() const { return modes * columns(); }
     INTERSTATE_HD int mix() const { return modes * modes; }
-    bool single() const { return modes == 1 && keys == 1 && values == 1; }
+    bool single() const { return modes == 1 && keys == 1 && values == 1 && !ones; }
 
   private:
     static int count(Index columns) { return static_cast<int>(std::max<Index>(ceil_div(columns, padded), 1)); }
@@ -68,13 +70,27 @@ struct Sizes {
     static constexpr int square = chunk * chunk;         // scores, P, Q
 };
 
-/// A tensor of rows of heads, and whether they move 16 bytes at once.
+/// A tensor of rows of heads, and whether they move 16 bytes at once; `ones`: with a column of ones behind the last.
 template <class T>
 struct HeadRows {
     View<T, 4> view{};
-    bool wide = false;
+    bool wide = false, ones = false;
     HeadRows() = default;
-    HeadRows(const View<T, 4>& view_) : view(view_), wide(device::moves_wide(view_, view_.extent[3])) {}
+    HeadRows(const View<T, 4>& view_, bool ones_ = false) : view(view_), wide(device::moves_wide(view_, view_.extent[3])), ones(ones_) {}
+};
+
+/// Rows of heads by chunks: those of a tensor or, if not null, panels (slot, head, panel) (chunk, columns) made from it.
+template <class T>
+struct Source {
+    HeadRows<const T> rows{};
+    const typename Form<T>::Element* panels = nullptr;
+    int heads = 0, each = 0;  // panels of a slot and head
+    Source() = default;
+    Source(const View<const T, 4>& view, bool ones = false) : rows(view, ones) {}
+    INTERSTATE_HD const auto* panel(Index at, int head, int column) const {
+        return panels + ((at * heads + head) * each + column) * Sizes<T>::tokens;
+    }
+    Index columns() const { return rows.view.extent[3]; }
 };
 
 /// Chunks of all recurrences, numbered so that those which can be computed at the same time are neighbours: a dense batch

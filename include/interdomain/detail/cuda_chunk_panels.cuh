@@ -18,8 +18,10 @@ struct PanelRun {
     Panels panels{};
     int group = 1, query_heads = 0;
     int side = 0, sides = 1;                 // sides: how many the arrays have
-    HeadRows<const T> x{}, y{}, z{};         // x of query heads
+    Source<T> x{};                           // of query heads
+    HeadRows<const T> y{}, z{};
     HeadRows<T> out{};                       // may be null
+    float* raw = nullptr;                    // may be null: (slot, query head, panel of z) (chunk, columns), out as it is summed
     const E* states = nullptr;               // (slot, kv head, panels)
     E *a = nullptr, *w = nullptr;            // (slot, query head, side, panel of modes) (chunk, 2 modes)
     E* halves = nullptr;                     // the same, (chunk, modes): s of real_parts
@@ -48,8 +50,19 @@ inline namespace INTERSTATE_KERNELS {
 template <class T>
 __device__ void bring_rows(typename Form<T>::Element* to, const HeadRows<const T>& from, const Chunk<Sizes<T>::chunk>& chunk, int head, int panel,
                            int shift, int thread) {
-    device::copy_in<Sizes<T>::chunk, padded, group_threads>(
-        to, device::Rows<const T>(from.view, chunk.batch(), chunk.row(), head, chunk.rows(), from.wide, panel * padded), shift, thread);
+    const device::Rows<const T> rows(from.view, chunk.batch(), chunk.row(), head, chunk.rows(), from.wide, panel * padded);
+    if (from.ones)
+        device::copy_in<Sizes<T>::chunk, padded, group_threads, true>(to, rows, shift, thread);
+    else
+        device::copy_in<Sizes<T>::chunk, padded, group_threads>(to, rows, shift, thread);
+}
+template <class T>
+__device__ void bring_rows(typename Form<T>::Element* to, const Source<T>& from, const Chunk<Sizes<T>::chunk>& chunk, Index at, int head, int panel,
+                           int thread) {
+    if (from.panels)
+        device::copy_matrix<Sizes<T>::tokens, group_threads>(to, from.panel(at, head, panel), thread);
+    else
+        bring_rows<T>(to, from.rows, chunk, head, panel, 0, thread);
 }
 template <class T>
 __device__ void take_rows(const typename Form<T>::Element* from, const HeadRows<T>& to, const Chunk<Sizes<T>::chunk>& chunk, int head, int panel,
@@ -129,7 +142,7 @@ __global__ void __launch_bounds__(group_threads, 2) panel_coefficients_kernel(Pa
     in_steps<T>(
         run.slots, run.slice, run.panels_of_x(),
         [&](const Chunk& chunk, Index at, int panel, int buffer) {
-            bring_rows<T>(shared.x[buffer], run.x, chunk, hq, panel, 0, thread);
+            bring_rows<T>(shared.x[buffer], run.x, chunk, at, hq, panel, thread);
             bring_rows<T>(shared.y[buffer], run.y, chunk, h, panel, 0, thread);
             device::copy_matrix<S::state, group_threads>(shared.state[buffer], run.state(at, h, of_modes, run.x_in_state() + panel), thread);
         },
@@ -221,7 +234,7 @@ __global__ void __launch_bounds__(group_threads, 2) panel_output_kernel(PanelRun
     const St steps;
     const int thread = static_cast<int>(threadIdx.x), lane = steps.lane.index;
     const int hq = static_cast<int>(blockIdx.y), h = hq / run.group, panel = static_cast<int>(blockIdx.z);
-    const bool reads = static_cast<bool>(run.out.view), leaves = run.of_state && panel == 0;
+    const bool reads = run.raw || run.out.view, leaves = run.of_state && panel == 0;
     for (ChunkList<S::chunk> list(run.slots, run.slice); list.more(); list.next()) {
         const Index at = list.slot - run.slice.begin;
         typename St::TokenTiles weights;
@@ -256,12 +269,66 @@ __global__ void __launch_bounds__(group_threads, 2) panel_output_kernel(PanelRun
         if (reads) {
             device::multiply<F::precision>(o, device::as_stored<S::chunk>(shared.weights), steps.row, device::transposed<padded>(shared.z),
                                            steps.feature_column(), 0, steps.row + 16, lane);
-            __syncthreads();
-            put_tiles<padded>(o, shared.z, steps.row, steps.feature_column(), steps.lane);
-            __syncthreads();
-            take_rows<T>(shared.z, run.out, list.chunk, hq, panel, 0, thread);
+            if (run.raw) {
+                put_tiles<padded>(o, run.raw + ((at * run.query_heads + hq) * run.panels_of_z() + panel) * S::tokens, steps.row, steps.feature_column(),
+                                  steps.lane);
+            } else {
+                __syncthreads();
+                put_tiles<padded>(o, shared.z, steps.row, steps.feature_column(), steps.lane);
+                __syncthreads();
+                take_rows<T>(shared.z, run.out, list.chunk, hq, panel, 0, thread);
+            }
         }
         __syncthreads();
+    }
+}
+
+/// Numerators and denominator, the column behind them, of a slice.
+template <class T>
+struct Quotients {
+    using E = typename Form<T>::Element;
+    Slots slots{};
+    Slice slice{};
+    int panels = 1;
+    const float* raw = nullptr;  // (slot, query head, panel) (chunk, columns)
+    View<T, 4> o{};              // forward's; or else
+    View<const T, 4> dout{};
+    E* up = nullptr;             // the same panels, for eq. 11
+};
+
+inline constexpr int quotient_lanes = 16;
+
+/// Block (slot, query head): o (eq. 6), or what goes into numerators and denominator (eq. 11).
+template <class T>
+__global__ void __launch_bounds__(group_threads) quotient_kernel(Quotients<T> run) {
+    using S = Sizes<T>;
+    const int slot = run.slice.begin + static_cast<int>(blockIdx.x), hq = static_cast<int>(blockIdx.y);
+    const Chunk<S::chunk> chunk(run.slots, slot);
+    if (!chunk.exists()) return;
+    const Index first = (static_cast<Index>(blockIdx.x) * gridDim.y + hq) * run.panels * S::tokens;
+    const int columns = static_cast<int>(run.up ? run.dout.extent[3] : run.o.extent[3]);
+    const auto place = [&](int t, int c) { return first + c / padded * S::tokens + device::blocked<padded>(t, c % padded); };
+    const int lane = static_cast<int>(threadIdx.x) % quotient_lanes;
+    for (int t = static_cast<int>(threadIdx.x) / quotient_lanes; t < S::chunk; t += group_threads / quotient_lanes) {
+        const bool inside = t < chunk.rows();
+        const Index b = chunk.batch(), row = chunk.row() + (inside ? t : 0);
+        const float den = run.raw[place(t, columns)];
+        float along = 0.0f;  // do . o
+        for (int c = lane; c < columns; c += quotient_lanes) {
+            const float o = run.raw[place(t, c)] / den;
+            if (run.up) {
+                const float up = inside ? device::load_as<float>(run.dout(b, row, hq, c)) : 0.0f;
+                along += up * o;
+                run.up[place(t, c)] = device::store_as<typename Form<T>::Element>(inside ? factor<T>(up / den) : 0.0f);
+            } else if (inside) {
+                run.o(b, row, hq, c) = device::store_as<T>(o);
+            }
+        }
+        if (!run.up) continue;
+#pragma unroll
+        for (int lanes = quotient_lanes / 2; lanes > 0; lanes /= 2) along += __shfl_xor_sync(0xffffffffu, along, lanes);
+        for (int c = columns + lane; c < run.panels * padded; c += quotient_lanes)
+            run.up[place(t, c)] = device::store_as<typename Form<T>::Element>(inside && c == columns ? factor<T>(-along / den) : 0.0f);
     }
 }
 
@@ -331,7 +398,8 @@ struct PanelTokens {
     Slice slice{};
     Panels panels{};
     int group = 1;
-    HeadRows<const T> z[2]{}, from[2]{};  // k and v; q and dout
+    HeadRows<const T> z[2]{};             // k and v
+    Source<T> from[2]{};                  // q and dout
     HeadRows<T> dz[2]{};                  // dk and dv, may be null
     const E *states = nullptr, *adjoints = nullptr, *weights = nullptr;
     /// Panel (modes, columns) of a state or an adjoint of a (slot, kv head).
@@ -372,7 +440,7 @@ __global__ void __launch_bounds__(token_threads, 2) panel_token_gradient_kernel(
             auto& to = shared.step[buffer];
             if (step < run.group) {
                 const int hq = h * run.group + step;
-                bring_rows<T>(to.table, run.from[side], chunk, hq, panel, 0, thread);
+                bring_rows<T>(to.table, run.from[side], chunk, at, hq, panel, thread);
                 // Those of the other side: dk from Q, dv from P.
                 bring_weights<T, 1>(to.adjoint, run.weights + ((at * heads * run.group + hq) * 2 + 1 - side) * S::square, S::chunk - chunk.rows(), thread);
             } else {

@@ -14,10 +14,12 @@ struct Sweep {
     Slice slice{};
     Panels panels{};
     int group = 1, modes = 0, features = 0;
-    HeadRows<const T> half[2]{};              // k and v, whose columns a state has; for the adjoint q and dout
+    Source<T> half[2]{};                      // k and v, whose columns a state has; for the adjoint q and dout
     const E* scaled = nullptr;                // adjoint: (slot, query head, 2, panel of modes) coefficients of z, p for q and w for dout
     View<const complex<float>, 4> initial{};  // may be null: zero
     View<complex<float>, 4> final{};          // may be null
+    View<const complex<float>, 3> initial_ones{};  // of the column behind the last, where there is one
+    View<complex<float>, 3> final_ones{};
     const float* carry_in = nullptr;          // states at the border to the slice before; carry_out likewise, may be null
     float* carry_out = nullptr;
     E* states = nullptr;                      // (slot, kv head, panels) the state that enters each chunk
@@ -37,7 +39,7 @@ struct SweepShared {
 
 /// Block (recurrence or slot, kv head, panel and columns): X = Lam^T X + table^T z (eq. 18), or Y = conj(Lam)^T Y + scaled^T z (eq. 22). A warp
 /// has 8 modes, real and imaginary parts in one lane, and all of the columns.
-template <class T, bool adjoint>
+template <class T, bool adjoint, bool single>
 __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Element) == 2 ? 4 : 2) sweep_kernel(Sweep<T> run, Tables<T> tables) {
     using S = Sizes<T>;
     using F = Form<T>;
@@ -48,14 +50,15 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
 
     device::wait_for_previous_kernel();
     device::let_next_kernel_start();
+    const Panels panels = single ? Panels() : run.panels;  // constants where there is one of each
     const Slots& slots = run.slots;
     const int stride = slots.stride(), h = static_cast<int>(blockIdx.y), heads = static_cast<int>(gridDim.y);
-    const int panel = static_cast<int>(blockIdx.z) / sweep_blocks, of_modes = panel / run.panels.columns(), of_columns = panel % run.panels.columns();
-    const int half = of_columns < run.panels.keys ? 0 : 1;
+    const int panel = static_cast<int>(blockIdx.z) / sweep_blocks, of_modes = panel / panels.columns(), of_columns = panel % panels.columns();
+    const int half = of_columns < panels.keys ? 0 : 1;
     // Columns of this block in its panel, and where they begin in the tensor.
     const int in_panel = static_cast<int>(blockIdx.z) % sweep_blocks * sweep_columns;
-    const int first_column = (of_columns - half * run.panels.keys) * padded + in_panel;
-    const Index table_at = static_cast<Index>(h) * run.panels.modes + of_modes;
+    const int first_column = (of_columns - half * panels.keys) * padded + in_panel;
+    const Index table_at = static_cast<Index>(h) * panels.modes + of_modes;
     int slot = run.slice.begin + static_cast<int>(blockIdx.x);
     if (adjoint && !slots.cu) slot = run.slice.end - stride + static_cast<int>(blockIdx.x);
     Chunk<S::chunk> chunk(slots, slot);
@@ -68,8 +71,8 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     const int thread = static_cast<int>(threadIdx.x);
     const Lane lane;
     const int row = 16 * lane.warp + lane.group, m_of_panel = 8 * lane.warp + lane.group, m = of_modes * padded + m_of_panel;
-    const Index carrier = static_cast<Index>(slots.cu ? 0 : chunk.recurrence) * heads + h, border = (carrier * run.panels.state() + panel) * S::state + in_panel;
-    const int columns = static_cast<int>(run.half[half].view.extent[3]), column0 = half == 0 ? 0 : run.features;
+    const Index carrier = static_cast<Index>(slots.cu ? 0 : chunk.recurrence) * heads + h, border = (carrier * panels.state() + panel) * S::state + in_panel;
+    const int columns = static_cast<int>(run.half[half].rows.view.extent[3]), column0 = half == 0 ? 0 : run.features;
 
     float x[tiles][4];
 #pragma unroll
@@ -83,20 +86,31 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
             } else if (run.initial && m < run.modes && c < columns) {
                 const complex<float> z = run.initial(chunk.recurrence, h, m, column0 + c);
                 value = e / 2 == 0 ? z.re : z.im;
+            } else if (!single && run.initial_ones && m < run.modes && half == 1 && c == columns) {
+                const complex<float> z = run.initial_ones(chunk.recurrence, h, m);
+                value = e / 2 == 0 ? z.re : z.im;
             }
             x[i][e] = value;
         }
 
     // Brings what a chunk and query head `member` of the group add to the state.
     const auto bring = [&](const Chunk<S::chunk>& c, Index at, int member, int buffer) {
-        const HeadRows<const T>& from = run.half[half];
+        const Source<T>& from = run.half[half];
         const int head = adjoint ? h * run.group + member : h, count = c.rows();
-        device::copy_in<S::chunk, sweep_columns, sweep_threads>(
-            shared.z[buffer], device::Rows<const T>(from.view, c.batch(), c.row(), head, count, from.wide, first_column),
-            adjoint ? 0 : S::chunk - count, thread);
+        if (!single && adjoint && from.panels) {
+            device::copy_columns<S::chunk, sweep_columns, padded, sweep_threads>(
+                shared.z[buffer], from.panel(at, head, of_columns - half * panels.keys), in_panel, thread);
+        } else {
+            const device::Rows<const T> rows(from.rows.view, c.batch(), c.row(), head, count, from.rows.wide, first_column);
+            const int shift = adjoint ? 0 : S::chunk - count;
+            if (!single && !adjoint && from.rows.ones)
+                device::copy_in<S::chunk, sweep_columns, sweep_threads, true>(shared.z[buffer], rows, shift, thread);
+            else
+                device::copy_in<S::chunk, sweep_columns, sweep_threads>(shared.z[buffer], rows, shift, thread);
+        }
         if constexpr (adjoint)
             device::copy_matrix<S::coefficients, sweep_threads>(
-                shared.a[buffer], run.scaled + (((at * heads * run.group + head) * 2 + half) * run.panels.modes + of_modes) * S::coefficients, thread);
+                shared.a[buffer], run.scaled + (((at * heads * run.group + head) * 2 + half) * panels.modes + of_modes) * S::coefficients, thread);
         device::commit_copies();
     };
     if constexpr (!adjoint)
@@ -136,7 +150,7 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
                     decay_low = cast<float>(power - cast<double>(decay));
                     if (adjoint) decay = conj(decay), decay_low = conj(decay_low);
                 }
-                E* const state = run.states + ((static_cast<Index>(at) * heads + h) * run.panels.state() + panel) * S::state + device::blocked<padded>(row, in_panel) + 2 * lane.quad;
+                E* const state = run.states + ((static_cast<Index>(at) * heads + h) * panels.state() + panel) * S::state + device::blocked<padded>(row, in_panel) + 2 * lane.quad;
 #pragma unroll
                 for (int i = 0; i < tiles; ++i) {
                     put_factors<T>(state + 64 * i, x[i][0], x[i][1]);
@@ -175,13 +189,16 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
             }
             if (finished && run.final && m < run.modes && c < columns)
                 run.final(chunk.recurrence, h, m, column0 + c) = {x[i][e], x[i][e + 2]};
+            if (!single && finished && run.final_ones && m < run.modes && half == 1 && c == columns)
+                run.final_ones(chunk.recurrence, h, m) = {x[i][e], x[i][e + 2]};
         }
 }
 
 template <class T, bool adjoint>
 Status launch_sweep(const cuda& exec, const Sweep<T>& run, const Tables<T>& tables, Index heads) {
     const int blocks = run.slots.cu ? run.slice.end - run.slice.begin : run.slots.stride();
-    return launch(exec, adjoint ? "adjoint_sweep_kernel" : "sweep_kernel", sweep_kernel<T, adjoint>,
+    return launch(exec, adjoint ? "adjoint_sweep_kernel" : "sweep_kernel",
+                  run.panels.single() ? sweep_kernel<T, adjoint, true> : sweep_kernel<T, adjoint, false>,
                   {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(heads), static_cast<unsigned>(run.panels.state() * sweep_blocks)), dim3(sweep_threads),
                    sizeof(SweepShared<T, adjoint>), true},
                   run, tables);

@@ -14,9 +14,9 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace interdomain::detail::chunks {
 inline namespace INTERSTATE_KERNELS {
 
-inline bool supports(const Options& options, const Shape& s) {
+inline bool supports(const Shape& s) {
     constexpr Index most = 4096;  // blocks of a grid count pairs of panels
-    return s.dtype != DType::f64 && !options.normalized() && s.modes <= most && s.features <= most && s.value_dim <= most &&
+    return s.dtype != DType::f64 && s.modes <= most && s.features <= most && s.value_dim <= most &&
            s.query_heads <= 65535 && slot_count(s, Form<f32>::chunk) <= 0x7fffffff;
 }
 
@@ -30,11 +30,11 @@ struct Plan {
     // Blocks a head: enough for every multiprocessor of a large GPU, and no more sums than that.
     Index output_parts, query_parts, token_parts;
 
-    explicit Plan(const Shape& s) : panels(s) {
+    Plan(const Options& options, const Shape& s) : panels(options, s) {
         slots = slot_count(s, S::chunk);
         carriers = s.packed() ? 1 : s.batch;
         const auto bytes = [&](Index elements) { return static_cast<double>(elements) * sizeof(E); };
-        const Index of_query_head = panels.single() ? S::coefficients + S::square : panels.modes * (3 * S::coefficients + S::tokens) + 2 * S::square;
+        const Index of_query_head = panels.single() ? S::coefficients + S::square : panels.modes * 3 * S::coefficients + 2 * S::square;
         const double of_slot = bytes(s.kv_heads * 2 * panels.state() * S::state + s.query_heads * 2 * of_query_head);
         const double tensors = 2.0 * static_cast<double>(sizeof(T)) * static_cast<double>(s.batch * s.length) *
                                static_cast<double>((s.query_heads + s.kv_heads) * s.columns());
@@ -85,8 +85,11 @@ struct Layout {
     PartialSums<T> query, token;
     // with several panels
     E *a, *w, *halves, *scores;
+    // with a normaliser
+    float* raw;
+    E* up;
 
-    Layout(Arena& arena, const Options& options, const Shape& s, pass p) : plan(s), tables(arena, s, plan.panels) {
+    Layout(Arena& arena, const Options& options, const Shape& s, pass p) : plan(options, s), tables(arena, s, plan.panels) {
         const Index slots = plan.slots_of_slice, backward = p == pass::backward ? 1 : 0, several = plan.panels.single() ? 0 : 1;
         const Index modes = plan.panels.modes, members = slots * s.query_heads * (1 + backward);
         states = arena.take<E>(slots * s.kv_heads * plan.panels.state() * S::state);
@@ -105,6 +108,9 @@ struct Layout {
         w = arena.take<E>(several * members * modes * S::coefficients);
         halves = arena.take<E>(options.readout == Readout::real_parts ? several * members * modes * S::tokens : 0);
         scores = arena.take<E>(several * backward * members * S::square);
+        const Index of_ones = plan.panels.ones ? slots * s.query_heads * plan.panels.values * S::tokens : 0;
+        raw = arena.take<float>(of_ones);
+        up = arena.take<E>(backward * of_ones);
     }
 };
 
@@ -118,10 +124,10 @@ std::size_t with_form(const Shape& s, F&& f) {
         default: return 0;
     }
 }
-inline std::size_t saved_size(const Options&, const Shape& s) {
+inline std::size_t saved_size(const Options& options, const Shape& s) {
     return with_form(s, [&]<class T>(T) {
         Arena arena;
-        Borders<T>(arena, Plan<T>(s), s);
+        Borders<T>(arena, Plan<T>(options, s), s);
         return arena.required();
     });
 }
@@ -143,8 +149,9 @@ Sweep<T> states_sweep(const Inputs<T, P>& in, const Shape& s, const Layout<T>& w
             .group = static_cast<int>(s.group()),
             .modes = static_cast<int>(s.modes),
             .features = static_cast<int>(s.features),
-            .half = {in.k, in.v},
+            .half = {in.k, Source<T>(in.v, w.plan.panels.ones)},
             .initial = in.x0,
+            .initial_ones = in.eta0,
             .carry_in = carry_in,
             .carry_out = carry_out,
             .states = w.states};
@@ -189,6 +196,27 @@ Status launch_coefficients(const cuda& exec, const Options& options, const Panel
     return read_out(panel_readout_kernel<T, Reads::of_halves>);
 }
 
+/// a, w and o of a slice or, where there is a normaliser, numerators and denominator in w.raw.
+template <class T, class P>
+Status launch_outputs(const cuda& exec, const Options& options, const Inputs<T, P>& in, const View<T, 4>& o, PanelRun<T> run, const Layout<T>& w) {
+    run.x = in.q, run.y = in.k, run.z = HeadRows<const T>(in.v, run.panels.ones);
+    if (run.panels.ones)
+        run.raw = w.raw;
+    else
+        run.out = o;
+    INTERSTATE_RETURN_IF_ERROR(launch_coefficients(exec, options, run, w));
+    return launch_panel(exec, "panel_output_kernel", panel_output_kernel<T>, sizeof(PanelOutputShared<T>), w.plan, run.query_heads, run.panels.values, run,
+                        w.tables);
+}
+
+template <class T>
+Status launch_quotients(const cuda& exec, const Shape& s, const Layout<T>& w, const PanelRun<T>& run, const View<T, 4>& o, const View<const T, 4>& dout,
+                        typename Form<T>::Element* up) {
+    const Quotients<T> quotients{.slots = run.slots, .slice = run.slice, .panels = run.panels.values, .raw = w.raw, .o = o, .dout = dout, .up = up};
+    return launch(exec, "quotient_kernel", quotient_kernel<T>,
+                  {dim3(static_cast<unsigned>(run.slice.end - run.slice.begin), static_cast<unsigned>(s.query_heads)), dim3(group_threads)}, quotients);
+}
+
 template <class T, class P>
 Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved, Workspace ws) {
     const Shape s = shape_of(in);
@@ -204,14 +232,13 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
         float* const carry_out = i + 1 == w.plan.slices ? nullptr : saved.data ? kept.states + i * border : w.borders[i % 2];
         Sweep<T> sweep = states_sweep(in, s, w, i, carry_in, carry_out);
         sweep.final = out.xT;
+        sweep.final_ones = out.etaT;
         INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, false>(exec, sweep, w.tables, s.kv_heads)));
         carry_in = carry_out;
         if (!w.plan.panels.single()) {
             PanelRun<T> run = panel_run(s, w, i, in.cu_seqlens, 1);
-            run.x = in.q, run.y = in.k, run.z = in.v, run.out = out.o;
-            INTERSTATE_RETURN_IF_ERROR(launch_coefficients(exec, options, run, w));
-            INTERSTATE_RETURN_IF_ERROR(launch_panel(exec, "panel_output_kernel", panel_output_kernel<T>, sizeof(PanelOutputShared<T>), w.plan,
-                                                    s.query_heads, run.panels.values, run, w.tables));
+            INTERSTATE_RETURN_IF_ERROR(launch_outputs(exec, options, in, out.o, run, w));
+            if (w.plan.panels.ones) INTERSTATE_RETURN_IF_ERROR(launch_quotients<T>(exec, s, w, run, out.o, {}, nullptr));
             continue;
         }
         const ChunkOutput<T> run{.slots = sweep.slots,
@@ -222,8 +249,8 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
                                  .v = in.v,
                                  .o = out.o,
                                  .wide_q = device::moves_wide(in.q, s.features),
-                                 .wide_k = sweep.half[0].wide,
-                                 .wide_v = sweep.half[1].wide,
+                                 .wide_k = sweep.half[0].rows.wide,
+                                 .wide_v = sweep.half[1].rows.wide,
                                  .wide_o = device::moves_wide(out.o, s.value_dim),
                                  .states = w.states};
         INTERSTATE_RETURN_IF_ERROR(launch_output(exec, options, run, w.tables, s.query_heads, w.plan.output_parts));
@@ -231,13 +258,31 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
     return {};
 }
 
+/// What takes the place of queries in backward: dout, or what the normaliser makes of it.
+template <class T>
+Source<T> upstream_of(const Upstream<T>& upstream, const Shape& s, const Layout<T>& w) {
+    Source<T> source(upstream.o);
+    if (w.plan.panels.ones) {
+        source.panels = w.up;
+        source.heads = static_cast<int>(s.query_heads);
+        source.each = w.plan.panels.values;
+    }
+    return source;
+}
+
 /// query_gradient_kernel's work on several panels.
 template <class T, class P>
 Status run_query_panels(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Shape& s, const Upstream<T>& upstream,
                         const Grads<T, P>& grads, const Layout<T>& w, Index slice) {
     PanelRun<T> sides[2] = {panel_run(s, w, slice, in.cu_seqlens, 2), panel_run(s, w, slice, in.cu_seqlens, 2)};
-    sides[0].x = in.q, sides[0].y = in.k, sides[0].z = in.v;
-    sides[1].side = 1, sides[1].x = upstream.o, sides[1].y = in.v, sides[1].z = in.k, sides[1].out = grads.q;
+    const HeadRows<const T> v(in.v, w.plan.panels.ones);
+    sides[0].x = in.q, sides[0].y = in.k, sides[0].z = v;
+    sides[1].side = 1, sides[1].x = upstream_of(upstream, s, w), sides[1].y = v, sides[1].z = in.k, sides[1].out = grads.q;
+    if (w.plan.panels.ones) {
+        const PanelRun<T> forward = panel_run(s, w, slice, in.cu_seqlens, 1);
+        INTERSTATE_RETURN_IF_ERROR(launch_outputs(exec, options, in, {}, forward, w));
+        INTERSTATE_RETURN_IF_ERROR(launch_quotients<T>(exec, s, w, forward, {}, upstream.o, w.up));
+    }
     for (const PanelRun<T>& run : sides) INTERSTATE_RETURN_IF_ERROR(launch_coefficients(exec, options, run, w));
     const auto sum = [&](auto kernel, std::size_t shared) {
         return launch(exec, "panel_sums_kernel", kernel,
@@ -262,7 +307,7 @@ Status run_token_panels(const cuda& exec, const Inputs<T, P>& in, const Shape& s
     run.slice = w.plan.slice(slice);
     run.panels = w.plan.panels;
     run.group = static_cast<int>(s.group());
-    run.z[0] = in.k, run.z[1] = in.v, run.from[0] = in.q, run.from[1] = upstream.o, run.dz[0] = grads.k, run.dz[1] = grads.v;
+    run.z[0] = in.k, run.z[1] = HeadRows<const T>(in.v, run.panels.ones), run.from[0] = in.q, run.from[1] = upstream_of(upstream, s, w), run.dz[0] = grads.k, run.dz[1] = grads.v;
     run.states = w.states, run.adjoints = w.adjoints, run.weights = w.weights;
     INTERSTATE_RETURN_IF_ERROR(launch_panel(exec, "panel_token_gradient_kernel", panel_token_gradient_kernel<T>, sizeof(PanelTokenShared<T>), w.plan,
                                             s.kv_heads, run.panels.columns(), run, w.tables));
@@ -325,10 +370,12 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
 
         Sweep<T> adjoint = states;
         adjoint.half[0] = in.q;
-        adjoint.half[1] = upstream.o;
+        adjoint.half[1] = upstream_of(upstream, s, w);
         adjoint.scaled = w.scaled;
         adjoint.initial = upstream.xT;
         adjoint.final = grads.x0;
+        adjoint.initial_ones = upstream.etaT;
+        adjoint.final_ones = grads.eta0;
         adjoint.carry_in = adjoint_in;
         adjoint.carry_out = i == 0 ? nullptr : w.borders[i % 2];
         adjoint.states = w.adjoints;
