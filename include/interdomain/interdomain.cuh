@@ -15,7 +15,7 @@ namespace interdomain {
 namespace detail {
 inline namespace INTERSTATE_KERNELS {
 
-/// The method that a call will run: one of chunked and scan, or else one that the executor lacks.
+/// The method that a call will run: chunked, parallel_scan or scan, or else one that the executor lacks.
 inline Method cuda_method(const Options& options, const Shape& shape) {
     if (options.method != Method::automatic) return options.method;
     return chunks::supports(shape) ? Method::chunked : Method::scan;
@@ -26,8 +26,8 @@ inline const char* why_unsupported(const Options& options, const Shape& shape) {
     switch (cuda_method(options, shape)) {
         case Method::scan: return nullptr;
         case Method::chunked:
+        case Method::parallel_scan:
             return chunks::supports(shape) ? nullptr : "unsupported: no chunked kernel in float64 or for M, R or d above 4096; scan has all";
-        case Method::parallel_scan: return "unsupported: parallel_scan has no kernel of its own on cuda; chunked or scan";
         default: return "unsupported: fft is for study, on the CPU; chunked or scan";
     }
 }
@@ -47,6 +47,8 @@ inline KernelChoice which_kernel(const cuda&, const Options& options, const Shap
     if (const char* const why = detail::why_unsupported(options, shape)) return {"", why};
     if (detail::cuda_method(options, shape) == Method::chunked)
         return {"interdomain.cuda.chunked", "matrix products within chunks and with the states between them"};
+    if (detail::cuda_method(options, shape) == Method::parallel_scan)
+        return {"interdomain.cuda.parallel_scan", "chunks, the states between which come from an associative scan over runs of them"};
     return {"interdomain.cuda.scan", "token by token in float64, one block a recurrence and key/value head"};
 }
 
@@ -61,7 +63,7 @@ KernelChoice which_step_kernel(const cuda&, const Options&, const Discrete<P>& d
 
 /// Bytes of `Saved` that forward fills for backward. The scan recomputes and keeps nothing.
 inline std::size_t saved_size(const cuda&, const Options& options, const Shape& shape) {
-    const bool chunked = !detail::why_unsupported(options, shape) && detail::cuda_method(options, shape) == Method::chunked;
+    const bool chunked = !detail::why_unsupported(options, shape) && detail::cuda_method(options, shape) != Method::scan;
     return chunked ? detail::chunks::saved_size(options, shape) : 0;
 }
 
@@ -69,7 +71,7 @@ inline std::size_t saved_size(const cuda&, const Options& options, const Shape& 
 inline std::size_t workspace_size(const cuda&, const Options& options, const Shape& shape, pass p) {
     if (p == pass::step) return detail::step_workspace_size(shape);
     if (detail::why_unsupported(options, shape)) return 0;
-    if (detail::cuda_method(options, shape) == Method::chunked) return detail::chunks::workspace_size(options, shape, p);
+    if (detail::cuda_method(options, shape) != Method::scan) return detail::chunks::workspace_size(options, shape, p);
     Arena arena;
     detail::ScanLayout(arena, options, shape, p);
     return arena.required();
@@ -89,7 +91,7 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, shape.length));
     if constexpr (!std::is_same_v<T, f64>)  // which chunked does not support
-        if (detail::cuda_method(options, shape) == Method::chunked)
+        if (detail::cuda_method(options, shape) != Method::scan)
             return detail::chunks::run_forward(exec, options, in, out, saved, ws);
     return detail::run_scan_forward(exec, options, in, out, ws);
 }
@@ -107,7 +109,7 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, shape.length));
     if constexpr (!std::is_same_v<T, f64>)
-        if (detail::cuda_method(options, shape) == Method::chunked)
+        if (detail::cuda_method(options, shape) != Method::scan)
             return detail::chunks::run_backward(exec, options, in, saved, upstream, grads, ws);
     return detail::run_scan_backward(exec, options, in, upstream, grads, ws);
 }

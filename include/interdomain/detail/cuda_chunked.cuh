@@ -72,6 +72,9 @@ struct Borders {
         : states(arena.take<float>(std::max<Index>(plan.slices - 1, 0) * plan.border_size(s))) {}
 };
 
+/// Chunks that parallel_scan walks through one after the other.
+inline constexpr int segment_chunks = 8;
+
 template <class T>
 struct Layout {
     using E = typename Form<T>::Element;
@@ -88,6 +91,9 @@ struct Layout {
     // with a normaliser
     float* raw;
     E* up;
+    // of parallel_scan
+    int segment = 0;
+    float* ends = nullptr;
 
     Layout(Arena& arena, const Options& options, const Shape& s, pass p) : plan(options, s), tables(arena, s, plan.panels) {
         const Index slots = plan.slots_of_slice, backward = p == pass::backward ? 1 : 0, several = plan.panels.single() ? 0 : 1;
@@ -111,6 +117,12 @@ struct Layout {
         const Index of_ones = plan.panels.ones ? slots * s.query_heads * plan.panels.values * S::tokens : 0;
         raw = arena.take<float>(of_ones);
         up = arena.take<E>(backward * of_ones);
+        if (options.method == Method::parallel_scan) {
+            segment = segment_chunks;
+            const Index carriers = std::max<Index>(plan.carriers, 1);
+            const Index borders = s.packed() ? slots / segment : slots / carriers / segment;
+            ends = arena.take<float>((borders + 1) * plan.border_size(s));
+        }
     }
 };
 
@@ -154,7 +166,9 @@ Sweep<T> states_sweep(const Inputs<T, P>& in, const Shape& s, const Layout<T>& w
             .initial_ones = in.eta0,
             .carry_in = carry_in,
             .carry_out = carry_out,
-            .states = w.states};
+            .states = w.states,
+            .segment = w.segment,
+            .ends = w.ends};
 }
 
 /// A slice of chunks with several panels; the caller gives it tensors.
