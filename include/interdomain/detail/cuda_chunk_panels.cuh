@@ -151,11 +151,11 @@ __global__ void __launch_bounds__(group_threads, 2) panel_coefficients_kernel(Pa
                 device::clear(scores);
                 device::clear(c);
             }
-            steps.add_scores(scores, shared.x[buffer], shared.y[buffer]);
+            if (steps.has_scores()) steps.add_scores(scores, shared.x[buffer], shared.y[buffer]);
             steps.add_products_with_state(c, shared.x[buffer], shared.state[buffer]);
         },
         [&](const Chunk&, Index at, int) {
-            steps.put_scores(scores, shared.scores);
+            if (steps.has_scores()) steps.put_scores(scores, shared.scores);
             steps.age(c, typename St::Powers(steps, tables.powers + table * Tables<T>::power_size));
             if (run.of_state) steps.put_kept(c, run.of_state + run.panel(at, hq, 1 - run.side, of_modes));
             __syncthreads();
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(group_threads, 2) panel_output_kernel(PanelRun
                 device::prefetch_matrix<S::state, group_threads>(run.state(at, h, of_modes + 1, run.z_in_state() + panel), thread);
             device::wait_for_copies();
             __syncthreads();
-            steps.add_weights(weights, shared.w, shared.table);
+            if (steps.has_weights()) steps.add_weights(weights, shared.w, shared.table);
             typename St::WideTiles c;
             steps.get(c, shared.w);
             steps.scale(c, typename St::Powers(steps, tables.powers + table * Tables<T>::power_size));
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(group_threads, 2) panel_output_kernel(PanelRun
                                                         steps.feature_column(), 0, lane);
             __syncthreads();
         }
-        steps.put_weights(weights, shared.weights);
+        if (steps.has_weights()) steps.put_weights(weights, shared.weights);
         __syncthreads();
         if (leaves) device::store_matrix<S::square, group_threads>(run.weights + run.member(at, hq, run.side) * S::square, shared.weights, thread);
         if (reads) {

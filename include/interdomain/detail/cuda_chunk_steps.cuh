@@ -44,17 +44,17 @@ struct Steps {
     /// First column of the table that rows of this warp's tokens reach: lags of at most row + 15.
     __device__ int first_lag() const { return chunk - 16 * (row_group + 1); }
 
-    /// Products x[t].y[s] of a warp's tokens, where any of its s are as early as a t.
+    /// Products x[t].y[s] of a warp's tokens; only of a warp that has an s as early as a t.
     __device__ bool has_scores() const { return token_column() < chunk && token_column() <= row + 15; }
     __device__ void add_scores(TokenTiles& c, const E* x, const E* y) const {
-        if (has_scores())
-            device::multiply<F::precision, padded>(c, device::as_stored<padded>(x), row, device::as_stored<padded>(y), token_column(), 0, lane.index);
+        device::multiply<F::precision, padded>(c, device::as_stored<padded>(x), row, device::as_stored<padded>(y), token_column(), 0, lane.index);
     }
     /// to[t][chunk - 1 - t + s], s <= t: shifted so that columns are lags, from the longest one down.
     __device__ void put_scores(const TokenTiles& c, E* to) const {
-        if (has_scores()) put_shifted<-8>(c, to, token_column(), chunk - 1 - (row + lane.group), row_group);
+        put_shifted<-8>(c, to, token_column(), chunk - 1 - (row + lane.group), row_group);
     }
     __device__ void scores(const E* x, const E* y, E* to) const {
+        if (!has_scores()) return;
         TokenTiles c;
         device::clear(c);
         add_scores(c, x, y);
@@ -287,17 +287,17 @@ struct Steps {
         });
     }
 
-    /// Re sum_m w[t,m] Lam[m]^n Bbar[m] (eq. 16) of a warp's tokens, where it has any lags n <= t.
+    /// Re sum_m w[t,m] Lam[m]^n Bbar[m] (eq. 16) of a warp's tokens; only of a warp that has a lag n <= t.
     __device__ bool has_weights() const { return token_column() < chunk && token_column() + 8 * token_tiles > first_lag(); }
     __device__ void add_weights(TokenTiles& c, const E* w, const E* table) const {
-        if (has_weights())
-            device::multiply<F::precision, wide>(c, device::as_stored<wide>(w), row, device::as_stored<wide>(table), token_column(), 0, lane.index);
+        device::multiply<F::precision, wide>(c, device::as_stored<wide>(w), row, device::as_stored<wide>(table), token_column(), 0, lane.index);
     }
     /// P[t][s], s <= t; zero within 16 tokens after t.
     __device__ void put_weights(const TokenTiles& c, E* to) const {
-        if (has_weights()) put_shifted<8>(c, to, token_column(), row + lane.group - (chunk - 1), first_lag() / 16);
+        put_shifted<8>(c, to, token_column(), row + lane.group - (chunk - 1), first_lag() / 16);
     }
     __device__ void weights(const E* w, const E* table, E* to) const {
+        if (!has_weights()) return;
         TokenTiles c;
         device::clear(c);
         add_weights(c, w, table);

@@ -59,12 +59,15 @@ __device__ void copy_in(E* to, const Rows<const T>& from, int shift, int thread)
         for (int i = 0; i < (rows + U::row_step - 1) / U::row_step; ++i, source += step) {
             const int row = unit.row + i * U::row_step;
             if (rows % U::row_step != 0 && row >= rows) break;
-            const bool row_inside = row >= shift && row - shift < from.count, inside = there && row_inside;
+            const bool inside = there && row >= shift && row - shift < from.count;
             E* const place = to + (thread + i * threads) * V;
-            if (ones && unit.column == from.width) {
+            if constexpr (ones)
+                if (unit.column == from.width) {
 #pragma unroll
-                for (int e = 0; e < V; e += 2) put_pair(place + e, e == 0 && row_inside ? 1.0f : 0.0f, 0.0f);
-            } else if constexpr (std::is_same_v<T, E>) {
+                    for (int e = 0; e < V; e += 2) put_pair(place + e, e == 0 && row >= shift && row - shift < from.count ? 1.0f : 0.0f, 0.0f);
+                    continue;
+                }
+            if constexpr (std::is_same_v<T, E>) {
                 copy_async_16(place, source, inside);
             } else {
                 struct alignas(16) Wide {
@@ -80,10 +83,9 @@ __device__ void copy_in(E* to, const Rows<const T>& from, int shift, int thread)
         for (int e = thread; e < rows * columns; e += threads) {
             const int row = e / (8 * columns) * 8 + e / 8 % 8 - shift, column = e / 64 % (columns / 8) * 8 + e % 8;
             T x = T(0.0f);
-            if (row >= 0 && row < from.count) {
-                if (column < from.width) x = from.data[row * from.stride + column * from.column_stride];
-                if (ones && column == from.width) x = T(1.0f);
-            }
+            if (row >= 0 && row < from.count && column < from.width) x = from.data[row * from.stride + column * from.column_stride];
+            if constexpr (ones)
+                if (row >= 0 && row < from.count && column == from.width) x = T(1.0f);
             to[e] = store_as<E>(load_as<float>(x));
         }
     }
