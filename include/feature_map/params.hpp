@@ -295,17 +295,14 @@ Status validate(const Options& options, const Inputs<T, P>& in, const Upstream<T
 /// A decoding step as a call of `forward` with sequences of one token, whose convT is its conv0.
 template <class T, class P>
 Inputs<T, P> step_inputs(const Options& options, const Params<P>& params, const State<T>& state, const Token<T>& token) {
-    const auto& x = token.x;
-    return {.x = {x.data, {x.extent[0], 1, x.extent[1], x.extent[2]}, {x.stride[0], 0, x.stride[1], x.stride[2]}},
+    return {.x = as_sequences(token.x),
             .params = params,
             .conv0 = state.conv,
             .offset = options.rope == Rope::none ? View<const std::int32_t, 1>{} : token.position};
 }
 template <class T>
 Outputs<T> step_outputs(const State<T>& state, const TokenOut<T>& out) {
-    const auto& y = out.y;
-    return {.y = {y.data, {y.extent[0], 1, y.extent[1], y.extent[2]}, {y.stride[0], 0, y.stride[1], y.stride[2]}},
-            .convT = state.conv};
+    return {.y = as_sequences(out.y), .convT = state.conv};
 }
 template <class T, class P>
 Status validate(const Options& options, const Params<P>& params, const State<T>& state, const Token<T>& token,

@@ -138,11 +138,6 @@ Status validate(const Inputs<T>& in, const Upstream<T>& upstream, const Grads<T>
     return check_tensors(grads, shape_of(in));
 }
 
-/// (B, H, d) as sequences of one token.
-template <class T>
-View<T, 4> as_sequences(const View<T, 3>& x) {
-    return {x.data, {x.extent[0], 1, x.extent[1], x.extent[2]}, {x.stride[0], 0, x.stride[1], x.stride[2]}};
-}
 template <class T>
 Status validate(const Token<T>& token, const TokenOut<T>& out) {
     return validate(Inputs<T>{.o = as_sequences(token.o), .g = as_sequences(token.g)}, Outputs<T>{as_sequences(out.y)});

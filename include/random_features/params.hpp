@@ -154,11 +154,6 @@ Status validate(const Inputs<T, P>& in, const Upstream<T>& upstream, const Grads
     return check_tensors(grads, shape_of(in));
 }
 
-/// (B, H, d) as sequences of one token.
-template <class T>
-View<T, 4> as_sequences(const View<T, 3>& x) {
-    return {x.data, {x.extent[0], 1, x.extent[1], x.extent[2]}, {x.stride[0], 0, x.stride[1], x.stride[2]}};
-}
 template <class T, class P>
 Status validate(const Params<P>& params, const Token<T>& token, const TokenOut<T>& out) {
     return validate(Inputs<T, P>{.x = as_sequences(token.x), .params = params}, Outputs<T>{as_sequences(out.y)});
