@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include <interstate/executor.hpp>
+#include <interstate/options.hpp>
 #include <interstate/sequences.hpp>
 #include <interstate/view.hpp>
 #include <interstate/workspace.hpp>
@@ -15,8 +16,7 @@ struct Options {};
 
 /// Sets one option from its text, as tools/replay writes it: there is none.
 inline Status set_option(Options&, std::string_view name, std::string_view value) {
-    return Status::error(StatusCode::invalid_argument, "option %.*s=%.*s: gate takes no options",
-                         static_cast<int>(name.size()), name.data(), static_cast<int>(value.size()), value.data());
+    return unknown_option(name, value, "gate takes no options");
 }
 
 /// Sizes of one call. `sequences` counts packed sequences; -1 means a dense batch.
