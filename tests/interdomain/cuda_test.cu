@@ -144,15 +144,6 @@ void every_dtype(Checks& checks, const Case& c, Options options = {}, RunOptions
     expect_close<bf16, float>(checks, c, options, run, conditioned);
 }
 
-std::vector<Options> all_options() {
-    std::vector<Options> list;
-    for (const auto disc : {Discretization::zoh, Discretization::raw})
-        for (const auto readout : {Readout::complex_product, Readout::real_parts})
-            for (const auto normalizer : {Normalizer::none, Normalizer::nadaraya_watson})
-                list.push_back({disc, readout, normalizer});
-    return list;
-}
-
 /// Real modes, C the identity and positive q and k: a denominator that stays away from zero.
 Case well_conditioned(Case c, std::uint64_t seed) {
     Random r(seed);

@@ -20,15 +20,6 @@ using interdomain::Options;
 using interdomain::Readout;
 using Cd = std::complex<double>;
 
-std::vector<Options> all_options() {
-    std::vector<Options> list;
-    for (const auto disc : {Discretization::zoh, Discretization::raw})
-        for (const auto readout : {Readout::complex_product, Readout::real_parts})
-            for (const auto normalizer : {Normalizer::none, Normalizer::nadaraya_watson})
-                list.push_back({disc, readout, normalizer});
-    return list;
-}
-
 Case run(const Case& c, const Options& options) {
     Case results;
     const Status status = run_case<Operator, double, double>(reference{}, options, c, results);
