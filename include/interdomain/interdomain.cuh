@@ -18,7 +18,7 @@ inline namespace INTERSTATE_KERNELS {
 /// The method that a call will run: one of chunked and scan, or else one that the executor lacks.
 inline Method cuda_method(const Options& options, const Shape& shape) {
     if (options.method != Method::automatic) return options.method;
-    return chunks::supports(options, shape) ? Method::chunked : Method::scan;
+    return chunks::supports(shape) ? Method::chunked : Method::scan;
 }
 
 /// Null where the method can run, else why not.
@@ -26,8 +26,7 @@ inline const char* why_unsupported(const Options& options, const Shape& shape) {
     switch (cuda_method(options, shape)) {
         case Method::scan: return nullptr;
         case Method::chunked:
-            return chunks::supports(options, shape) ? nullptr
-                                                    : "unsupported: no chunked kernel for this dtype, size and options; scan has all";
+            return chunks::supports(shape) ? nullptr : "unsupported: no chunked kernel in float64 or for M, R or d above 4096; scan has all";
         case Method::parallel_scan: return "unsupported: parallel_scan has no kernel of its own on cuda; chunked or scan";
         default: return "unsupported: fft is for study, on the CPU; chunked or scan";
     }

@@ -17,6 +17,9 @@ struct PartialSums {
     float* lags = nullptr;
     complex<float>* mix = nullptr;
     complex<float>* scaled = nullptr;
+    INTERSTATE_HD PartialSums of(Index lag_part, Index mix_part) const {
+        return {lags + lag_part * lag_size, mix + mix_part * mix_size, scaled + lag_part * padded};
+    }
 };
 
 template <class T>
@@ -40,6 +43,16 @@ inline namespace INTERSTATE_KERNELS {
 
 inline constexpr int query_threads = 2 * group_threads;
 
+/// f(sum, its place in `sums`) for a warp's tiles of D, rows row ... by columns column ...
+template <class T, int tiles, class Function>
+__device__ void each_lag_sum(float (&lags)[tiles][4], float* sums, int row, int column, const Lane& lane, Function&& f) {
+#pragma unroll
+    for (int i = 0; i < tiles; ++i)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+            f(lags[i][e], sums[(row + lane.group + e / 2 * 8) * Sizes<T>::wide + column + 8 * i + 2 * lane.quad + e % 2]);
+}
+
 template <class T>
 struct QueryShared {
     using S = Sizes<T>;
@@ -53,6 +66,89 @@ struct QueryShared {
     E a[2][S::coefficients];       // a and e
     E w[2][S::coefficients];       // w and p
     E weights[2][S::square];       // P and Q
+};
+
+/// What 16 warps sum over the tokens of queries, in registers: D and H for one panel of modes each, and `scaled`.
+template <class T, bool real_parts>
+class QuerySums {
+    using S = Sizes<T>;
+    using F = Form<T>;
+    using St = Steps<T>;
+    using E = typename F::Element;
+    static constexpr int lag_tiles = S::wide / 8 / (2 * St::column_groups);
+    static_assert(padded == 64 && query_threads == 512);
+
+  public:
+    /// From what earlier slices left in `sums`, or from zero.
+    __device__ QuerySums(const Lane& lane, const PartialSums<T>& sums, bool first) {
+        device::clear(lags_);
+        device::clear(mix_);
+        if (first) return;
+        each_lag(lane, sums.lags, [](float& sum, const float& kept) { sum = kept; });
+        each_mix(lane, sums.mix, [](float& re, float& im, const complex<float>& kept) { re = kept.re, im = kept.im; });
+    }
+    /// D (eq. 24): scores of both sides by p and w. w: (2, chunk, 2 modes), that of queries, then that of dout.
+    __device__ void add_lags(const Lane& lane, const E (&scores)[2][S::square], const E (&w)[2][S::coefficients]) {
+        const int row = lag_row(lane);
+#pragma unroll
+        for (int side = 0; side < 2; ++side)
+            device::multiply<F::precision>(lags_, device::transposed<S::chunk>(scores[side]), row, device::transposed<S::wide>(w[1 - side]),
+                                           lag_column(lane), S::chunk - 16 - row, row + 16, lane.index);
+    }
+    /// H (eq. 23) of a and e; for real_parts of s and a, both sides.
+    __device__ void add_mix(const Lane& lane, const E (&a)[2][S::coefficients], const E* s) {
+        if constexpr (real_parts) {
+#pragma unroll
+            for (int side = 0; side < 2; ++side)
+                device::multiply<F::precision, S::chunk>(mix_, device::transposed<padded>(s + side * S::tokens), 16 * mix_row(lane),
+                                                         device::transposed<S::wide>(a[1 - side]), 32 * mix_column(lane), 0, lane.index);
+        } else {
+            multiply_mix<T>(mix_, mix_row(lane), mix_column(lane), a[1], a[0], lane.index);
+        }
+    }
+    /// Lam dLam from what crossed into the chunk: age t + 1 at its token t (eq. 24).
+    __device__ void add_scaled(const St& steps, const typename St::Kept& of_state, const E* w) { steps.add_scaled(scaled_, of_state, w); }
+
+    __device__ void store_mix(const Lane& lane, const PartialSums<T>& sums) {
+        each_mix(lane, sums.mix, [](const float& re, const float& im, complex<float>& kept) { kept = {re, im}; });
+    }
+    /// `of_warps`: shared memory that nobody uses, 4 padded row_groups floats.
+    __device__ void store_lags_and_scaled(const St& steps, const PartialSums<T>& sums, bool first, float* of_warps) {
+        each_lag(steps.lane, sums.lags, [](const float& sum, float& kept) { kept = sum; });
+        const int side = steps.lane.warp / group_warps, thread = static_cast<int>(threadIdx.x);
+        steps.each_scaled(scaled_, [&](int m, int of_number, float sum) {
+            of_warps[(side * St::row_groups + steps.row_group) * 2 * padded + 2 * m + of_number] = sum;
+        });
+        __syncthreads();
+        for (int i = thread; i < 2 * padded; i += query_threads) {
+            float* const kept = &sums.scaled->re + i;
+            float sum = first ? 0.0f : *kept;
+            for (int j = 0; j < 2 * St::row_groups; ++j) sum += of_warps[j * 2 * padded + i];
+            *kept = sum;
+        }
+    }
+
+  private:
+    // A warp's share: lags, 16 rows of the table; mix, 16 modes of e by 16 of a.
+    __device__ static int lag_row(const Lane& lane) { return lane.warp % St::row_groups * 16; }
+    __device__ static int lag_column(const Lane& lane) { return lane.warp / St::row_groups * 8 * lag_tiles; }
+    __device__ static int mix_row(const Lane& lane) { return lane.warp % 4; }
+    __device__ static int mix_column(const Lane& lane) { return lane.warp / 4; }
+    template <class Function>
+    __device__ void each_lag(const Lane& lane, float* sums, Function&& f) {
+        each_lag_sum<T>(lags_, sums, lag_row(lane), lag_column(lane), lane, f);
+    }
+    template <class Function>
+    __device__ void each_mix(const Lane& lane, complex<float>* sums, Function&& f) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+                f(mix_[i][e], mix_[i + 1][e],
+                  sums[(16 * mix_row(lane) + lane.group + e / 2 * 8) * padded + 16 * mix_column(lane) + 4 * i + 2 * lane.quad + e % 2]);
+    }
+    float lags_[lag_tiles][4], mix_[4][4];
+    typename St::ScaledSums scaled_ = {};
 };
 
 /// Block (part, query head): every gridDim.x-th chunk of the slice. Half of the warps go from q to w, half from dout to p.
@@ -70,41 +166,13 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
     const int thread = static_cast<int>(threadIdx.x), side = lane.warp / group_warps;  // 0: from q, 1: from dout
     const int hq = static_cast<int>(blockIdx.y), query_heads = static_cast<int>(gridDim.y), h = hq / run.group, heads = query_heads / run.group;
     const Index part = static_cast<Index>(blockIdx.y) * gridDim.x + blockIdx.x;
-    const complex<float>* const powers = tables.powers + h * Tables<T>::power_size;
+    const auto* const powers = tables.powers + h * Tables<T>::power_size;
     E* const s = shared.state[1];
 
-    // What a warp sums: lags, rows 16 lag_row ... of the table; mix, 16 modes of e by 16 of a.
-    constexpr int lag_tiles = S::wide / 8 / (2 * St::column_groups);
-    const int lag_row = lane.warp % St::row_groups, lag_column = lane.warp / St::row_groups * 8 * lag_tiles;
-    const int mix_row = lane.warp % 4, mix_column = lane.warp / 4;
-    static_assert(padded == 64 && query_threads == 512);
-    float lags[lag_tiles][4], mix[4][4];
-    float* const lag_sums = run.sums.lags + part * PartialSums<T>::lag_size;
-    complex<float>* const mix_sums = run.sums.mix + part * PartialSums<T>::mix_size;
-    device::clear(lags);
-    device::clear(mix);
-    const auto each_lag = [&](auto&& f) {
-#pragma unroll
-        for (int i = 0; i < lag_tiles; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                f(lags[i][e], lag_sums[(16 * lag_row + lane.group + e / 2 * 8) * S::wide + lag_column + 8 * i + 2 * lane.quad + e % 2]);
-    };
-    const auto each_mix = [&](auto&& f) {
-#pragma unroll
-        for (int i = 0; i < 4; i += 2)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                f(mix[i][e], mix[i + 1][e],
-                  mix_sums[(16 * mix_row + lane.group + e / 2 * 8) * padded + 16 * mix_column + 4 * i + 2 * lane.quad + e % 2]);
-    };
-    if (!run.first) {
-        each_lag([](float& sum, const float& kept) { sum = kept; });
-        each_mix([](float& re, float& im, const complex<float>& kept) { re = kept.re, im = kept.im; });
-    }
-    typename St::ScaledSums scaled_sum = {};
+    QuerySums<T, real_parts> sums(lane, run.sums.of(part, part), run.first);
     device::copy_matrix<S::coefficients, query_threads>(shared.table, tables.table + h * S::coefficients, thread);
     device::copy_matrix<S::mix, query_threads>(shared.mix, tables.mix + h * S::mix, thread);
+    device::wait_for_previous_kernel();
 
     const auto bring_tokens = [&](const Chunk<chunk_size>& chunk, int buffer) {
         const int count = chunk.rows(), row = chunk.row();
@@ -167,22 +235,10 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
         steps.put(c, scaled + (1 - side) * S::coefficients);  // p, then w
         __syncthreads();
 
-        // Lam dLam from what crossed into the chunk: age t + 1 at its token t (eq. 24).
-        steps.add_scaled(scaled_sum, kept, shared.w[1 - side]);
+        sums.add_scaled(steps, kept, shared.w[1 - side]);
         steps.weights(w, shared.table, shared.weights[side]);
-#pragma unroll
-        for (int other = 0; other < 2; ++other)
-            device::multiply<F::precision>(lags, device::transposed<chunk_size>(shared.scores[other]), 16 * lag_row,
-                                           device::transposed<S::wide>(shared.w[1 - other]), lag_column,
-                                           chunk_size - 16 * (lag_row + 1), 16 * (lag_row + 1), lane.index);
-        if constexpr (real_parts) {
-#pragma unroll
-            for (int other = 0; other < 2; ++other)
-                device::multiply<F::precision, chunk_size>(mix, device::transposed<padded>(s + other * S::tokens), 16 * mix_row,
-                                                           device::transposed<S::wide>(shared.a[1 - other]), 32 * mix_column, 0, lane.index);
-        } else {
-            multiply_mix<T>(mix, mix_row, mix_column, shared.a[1], shared.a[0], lane.index);
-        }
+        sums.add_lags(lane, shared.scores, shared.w);
+        sums.add_mix(lane, shared.a, s);
         __syncthreads();
 
         if (side == 1) {
@@ -210,25 +266,94 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
         if (buffers == 1 && list.more()) bring_tokens(list.chunk, 0);
     }
 
-    each_lag([](const float& sum, float& kept) { kept = sum; });
-    each_mix([](const float& re, const float& im, complex<float>& kept) { kept = {re, im}; });
-    // The tokens' place is free: sums of the two sides and their rows, then of both.
+    sums.store_mix(lane, run.sums.of(part, part));
     device::wait_for_copies();
     __syncthreads();
-    float* const of_warps = reinterpret_cast<float*>(&shared.tokens);
-    steps.each_scaled(scaled_sum, [&](int m, int of_number, float sum) {
-        of_warps[(side * St::row_groups + steps.row_group) * 2 * padded + 2 * m + of_number] = sum;
-    });
-    __syncthreads();
-    for (int i = thread; i < 2 * padded; i += query_threads) {
-        float* const kept = &run.sums.scaled[part * padded].re + i;
-        float sum = run.first ? 0.0f : *kept;
-        for (int j = 0; j < 2 * St::row_groups; ++j) sum += of_warps[j * 2 * padded + i];
-        *kept = sum;
-    }
+    sums.store_lags_and_scaled(steps, run.sums.of(part, part), run.first, reinterpret_cast<float*>(&shared.tokens));
 }
 
 inline constexpr int token_threads = group_threads;
+
+/// What the 8 warps of a block sum over tokens for a later chunk, in registers, for one panel of modes.
+template <class T>
+class TokenSums {
+    using S = Sizes<T>;
+    using F = Form<T>;
+    using E = typename F::Element;
+    static constexpr int row_groups = S::chunk / 16, lag_tiles = S::wide / 8 * row_groups / (token_threads / 32);
+
+  public:
+    using Shared = complex<float>[token_threads / padded][padded];
+    __device__ TokenSums(const Lane& lane, const PartialSums<T>& sums, bool first) {
+        device::clear(lags_);
+        if (!first) each_lag(lane, sums.lags, [](float& sum, const float& kept) { sum = kept; });
+    }
+    /// D (eq. 24) of a panel of tokens, the last one in the last row, by its adjoint.
+    __device__ void add_lags(const Lane& lane, const E* z, const E* adjoint) {
+        device::multiply<F::precision, padded>(lags_, device::as_stored<padded>(z), row(lane), device::as_stored<padded>(adjoint), column(lane), 0, lane.index);
+    }
+    /// passing += rowsum(Y o X) over `columns` columns of a panel, for this thread's mode.
+    template <int columns>
+    __device__ static void add_passing(complex<float>& passing, const E* states, const E* adjoint, int first_column) {
+        const int place = device::blocked<padded>(mode() / 8 * 16 + mode() % 8, first_column);
+        const E* const x = states + place;
+        const E* const y = adjoint + place;
+#pragma unroll 2
+        for (int block = 0; block < columns / 8; ++block) {
+            using Line = device::Line<E>;
+            const Line xr(x + 64 * block), xi(x + 64 * block + 8 * padded), yr(y + 64 * block), yi(y + 64 * block + 8 * padded);
+#pragma unroll
+            for (int e = 0; e < 8; e += 2) {
+                const float2 a = xr.pair(e), b = xi.pair(e), f = yr.pair(e), g = yi.pair(e);
+                passing.re += f.x * a.x + g.x * b.x + (f.y * a.y + g.y * b.y);
+                passing.im += g.x * a.x - f.x * b.x + (g.y * a.y - f.y * b.y);
+            }
+        }
+    }
+    /// What passes the whole chunk ages by all of its rows; power: Lam^rows of each mode.
+    __device__ void add_scaled(int rows, const complex<double>* power, const complex<float>& passing) {
+        scaled_ += static_cast<float>(rows) * (conj(cast<float>(power[mode()])) * passing);
+    }
+    __device__ void store(const Lane& lane, const PartialSums<T>& sums, bool first, Shared& shared) {
+        each_lag(lane, sums.lags, [](const float& sum, float& kept) { kept = sum; });
+        shared[quarter()][mode()] = scaled_;
+        __syncthreads();
+        const int thread = static_cast<int>(threadIdx.x);
+        if (thread < padded) {
+            complex<float> sum = first ? complex<float>{} : sums.scaled[thread];
+            for (int i = 0; i < token_threads / padded; ++i) sum += shared[i][thread];
+            sums.scaled[thread] = sum;
+        }
+    }
+    __device__ static int mode() { return static_cast<int>(threadIdx.x) % padded; }
+    __device__ static int quarter() { return static_cast<int>(threadIdx.x) / padded; }
+
+  private:
+    __device__ static int row(const Lane& lane) { return lane.warp % row_groups * 16; }
+    __device__ static int column(const Lane& lane) { return lane.warp / row_groups * 8 * lag_tiles; }
+    template <class Function>
+    __device__ void each_lag(const Lane& lane, float* sums, Function&& f) {
+        each_lag_sum<T>(lags_, sums, row(lane), column(lane), lane, f);
+    }
+    float lags_[lag_tiles][4];
+    complex<float> scaled_{};
+};
+
+/// Brings weights P and Q of a query head, or one of them, columns moved on by `shift`.
+template <class T, int squares>
+__device__ void bring_weights(typename Form<T>::Element* to, const typename Form<T>::Element* from, int shift, int thread) {
+    using E = typename Form<T>::Element;
+    constexpr int chunk = Sizes<T>::chunk, square = Sizes<T>::square;
+    if (shift == 0) {
+        device::copy_matrix<squares * square, token_threads>(to, from, thread);
+        return;
+    }
+    for (int i = thread; i < squares * square; i += token_threads) {
+        const int t = i % square / chunk, s = i % chunk - shift;
+        const E x = s >= 0 && s <= t ? from[i / square * square + device::blocked<chunk>(t, s)] : device::store_as<E>(0.0f);
+        to[i / square * square + device::blocked<chunk>(t, s + shift)] = x;
+    }
+}
 
 template <class T>
 struct TokenShared {
@@ -238,8 +363,8 @@ struct TokenShared {
     E adjoint[2][S::state];  // of keys and values
     E z[2][S::tokens];       // k and v, the last token in the last row
     E from[2][S::tokens];    // q and dout of one query head; in the end dk and dv
-    E weights[2][S::square]; // Q and P, their columns like the rows of z
-    complex<float> scaled[token_threads / padded][padded];
+    E weights[2][S::square]; // P and Q, their columns like the rows of z
+    typename TokenSums<T>::Shared scaled;
 };
 
 /// Block (part, kv head): every gridDim.x-th chunk of the slice. dk, dv, and what tokens add to the sums for a later chunk.
@@ -260,23 +385,9 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
     // A warp has 16 tokens of dk (side 0) or dv.
     constexpr int tiles = padded / 8 * 2 * row_groups / warps;
     const int row = lane.warp % row_groups * 16, side = lane.warp / row_groups % 2, first = lane.warp / (2 * row_groups) * 8 * tiles;
-    constexpr int lag_tiles = S::wide / 8 * row_groups / warps;
-    const int lag_column = lane.warp / row_groups * 8 * lag_tiles;
-    float lags[lag_tiles][4];
-    float* const lag_sums = run.sums.lags + part * PartialSums<T>::lag_size;
-    const auto each_lag = [&](auto&& f) {
-#pragma unroll
-        for (int i = 0; i < lag_tiles; ++i)
-#pragma unroll
-            for (int e = 0; e < 4; ++e)
-                f(lags[i][e], lag_sums[(row + lane.group + e / 2 * 8) * S::wide + lag_column + 8 * i + 2 * lane.quad + e % 2]);
-    };
-    device::clear(lags);
-    if (!run.first) each_lag([](float& sum, const float& kept) { sum = kept; });
-    // For the ages of what passes a whole chunk: a thread has a mode and a quarter of the columns.
-    const int m = thread % padded, quarter = thread / padded;
-    complex<float> scaled{};
+    TokenSums<T> sums(lane, run.sums.of(part, part), run.first);
     device::copy_matrix<S::coefficients, token_threads>(shared.table, tables.table + h * S::coefficients, thread);
+    device::wait_for_previous_kernel();
 
     for (ChunkList<chunk_size> list(run.slots, run.slice); list.more(); list.next()) {
         const Chunk<chunk_size> chunk = list.chunk;
@@ -291,16 +402,7 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
         for (int hq = h * run.group; hq < (h + 1) * run.group; ++hq) {
             device::copy_in<chunk_size, padded, token_threads>(shared.from[0], Rows(run.q, chunk.batch(), first_row, hq, count, run.wide_q), 0, thread);
             device::copy_in<chunk_size, padded, token_threads>(shared.from[1], Rows(run.dout, chunk.batch(), first_row, hq, count, run.wide_dout), 0, thread);
-            const E* const weights = run.weights + (at * query_heads + hq) * 2 * S::square;
-            if (shift == 0) {
-                device::copy_matrix<2 * S::square, token_threads>(shared.weights[0], weights, thread);
-            } else {
-                for (int i = thread; i < 2 * S::square; i += token_threads) {
-                    const int t = i % S::square / chunk_size, s = i % chunk_size - shift;
-                    const E x = s >= 0 && s <= t ? weights[i / S::square * S::square + device::blocked<chunk_size>(t, s)] : device::store_as<E>(0.0f);
-                    shared.weights[i / S::square][device::blocked<chunk_size>(t, s + shift)] = x;
-                }
-            }
+            bring_weights<T, 2>(shared.weights[0], run.weights + (at * query_heads + hq) * 2 * S::square, shift, thread);
             device::wait_for_copies();
             __syncthreads();
             device::multiply<F::precision>(c, device::transposed<chunk_size>(shared.weights[1 - side]), row,
@@ -310,28 +412,11 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
         device::multiply<F::precision, S::wide>(c, device::as_stored<S::wide>(shared.table), row, device::transposed<padded>(shared.adjoint[side]),
                                                 first, 0, lane.index);
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            device::multiply<F::precision, padded>(lags, device::as_stored<padded>(shared.z[half]), row,
-                                                   device::as_stored<padded>(shared.adjoint[half]), lag_column, 0, lane.index);
-
-        // What passes the whole chunk ages by all of its rows.
+        for (int half = 0; half < 2; ++half) sums.add_lags(lane, shared.z[half], shared.adjoint[half]);
+        const int quarter = TokenSums<T>::quarter(), half = quarter / 2;
         complex<float> passing{};
-        const int place = device::blocked<padded>(m / 8 * 16 + m % 8, quarter % 2 * (padded / 2));
-        const E* const x = run.states + ((at * heads + h) * 2 + quarter / 2) * S::state + place;
-        const E* const y = shared.adjoint[quarter / 2] + place;
-#pragma unroll 2
-        for (int block = 0; block < padded / 16; ++block) {
-            using Line = device::Line<E>;
-            const Line xr(x + 64 * block), xi(x + 64 * block + 8 * padded), yr(y + 64 * block), yi(y + 64 * block + 8 * padded);
-#pragma unroll
-            for (int e = 0; e < 8; e += 2) {
-                const float2 a = xr.pair(e), b = xi.pair(e), f = yr.pair(e), g = yi.pair(e);
-                passing.re += f.x * a.x + g.x * b.x + (f.y * a.y + g.y * b.y);
-                passing.im += g.x * a.x - f.x * b.x + (g.y * a.y - f.y * b.y);
-            }
-        }
-        const complex<float> power = conj(tables.powers[h * Tables<T>::power_size + count * padded + m]);
-        scaled += static_cast<float>(count) * (power * passing);
+        TokenSums<T>::template add_passing<padded / 2>(passing, run.states + ((at * heads + h) * 2 + half) * S::state, shared.adjoint[half], quarter % 2 * (padded / 2));
+        sums.add_scaled(count, tables.powers64 + h * Tables<T>::power_size + count * padded, passing);
 
         put_tiles<padded>(c, shared.from[side], row, first, lane);
         __syncthreads();
@@ -342,71 +427,67 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
         __syncthreads();
     }
 
-    each_lag([](const float& sum, float& kept) { kept = sum; });
-    shared.scaled[quarter][m] = scaled;
-    __syncthreads();
-    if (thread < padded) {
-        complex<float> sum = run.first ? complex<float>{} : run.sums.scaled[part * padded + m];
-        for (int i = 0; i < token_threads / padded; ++i) sum += shared.scaled[i][m];
-        run.sums.scaled[part * padded + m] = sum;
-    }
+    sums.store(lane, run.sums.of(part, part), run.first, shared.scaled);
 }
 
 inline constexpr int finish_threads = 256;
 
-/// One block a kv head: adds the parts in order, then the chain rule (eq. 25).
+/// One block a kv head: adds the parts in order, then the chain rule (eq. 25), panel after panel of its modes.
 template <class T, class P>
 __global__ void __launch_bounds__(finish_threads)
-    finish_parameters_kernel(Discretization disc, Params<P> params, Index M, Tables<T> tables, PartialSums<T> query, Index query_parts,
+    finish_parameters_kernel(Discretization disc, Params<P> params, Index M, Index panels, Tables<T> tables, PartialSums<T> query, Index query_parts,
                              PartialSums<T> token, Index token_parts, BasicParams<P, complex<P>> grads) {
     constexpr int chunk_size = Sizes<T>::chunk, wide = Sizes<T>::wide, shares = finish_threads / padded;
     __shared__ complex<double> Bbar_sums[shares][padded], scaled_sums[shares][padded];
     __shared__ double log_dt[padded];
     const Index h = blockIdx.x;
-    const int m = static_cast<int>(threadIdx.x) % padded, share = static_cast<int>(threadIdx.x) / padded;
-    const Mode mode = m < M ? mode_at(disc, params, h, m) : Mode{};
-    c64 dBbar{}, scaled{};
-    if (m < M) {
-        for (int j = share; j < chunk_size; j += shares) {
-            const int at = j * wide + m / 8 * 16 + m % 8, n = chunk_size - 1 - j;
-            c64 D{};
+    const int of_panel = static_cast<int>(threadIdx.x) % padded, share = static_cast<int>(threadIdx.x) / padded;
+    double dlog_dt = 0.0;
+    for (Index panel = 0; panel < panels; ++panel) {
+        const Index m = panel * padded + of_panel;
+        const Mode mode = m < M ? mode_at(disc, params, h, m) : Mode{};
+        const complex<double>* const powers = tables.powers64 + (h * panels + panel) * Tables<T>::power_size + of_panel;
+        c64 dBbar{}, scaled{};
+        if (m < M) {
+            for (int j = share; j < chunk_size; j += shares) {
+                const int at = j * wide + of_panel / 8 * 16 + of_panel % 8, n = chunk_size - 1 - j;
+                c64 D{};
+                const auto add = [&](const PartialSums<T>& sums, Index parts) {
+                    for (Index part = h * parts; part < (h + 1) * parts; ++part) {
+                        const float* const lags = sums.of(part * panels + panel, 0).lags + at;
+                        D += c64{lags[0], lags[8]};
+                    }
+                };
+                add(query, query_parts);
+                add(token, token_parts);
+                D = conj(powers[n * padded]) * D;
+                dBbar += D;
+                scaled += static_cast<double>(n) * (conj(mode.Bbar) * D);
+            }
             const auto add = [&](const PartialSums<T>& sums, Index parts) {
-                for (Index part = h * parts; part < (h + 1) * parts; ++part) {
-                    const float* const lags = sums.lags + part * PartialSums<T>::lag_size + at;
-                    D += c64{lags[0], lags[8]};
-                }
+                for (Index part = h * parts + share; part < (h + 1) * parts; part += shares)
+                    scaled += cast<double>(sums.of(part * panels + panel, 0).scaled[of_panel]);
             };
             add(query, query_parts);
             add(token, token_parts);
-            D = conj(tables.powers64[h * Tables<T>::power_size + n * padded + m]) * D;
-            dBbar += D;
-            scaled += static_cast<double>(n) * (conj(mode.Bbar) * D);
         }
-        const auto add = [&](const PartialSums<T>& sums, Index parts) {
-            for (Index part = h * parts + share; part < (h + 1) * parts; part += shares)
-                scaled += cast<double>(sums.scaled[part * padded + m]);
-        };
-        add(query, query_parts);
-        add(token, token_parts);
-    }
-    Bbar_sums[share][m] = dBbar;
-    scaled_sums[share][m] = scaled;
-    __syncthreads();
-    if (share == 0) {
-        double dlog_dt = 0.0;
-        if (m < M) {
+        Bbar_sums[share][of_panel] = dBbar;
+        scaled_sums[share][of_panel] = scaled;
+        __syncthreads();
+        if (share == 0 && m < M) {
             for (int i = 1; i < shares; ++i) {
-                dBbar += Bbar_sums[i][m];
-                scaled += scaled_sums[i][m];
+                dBbar += Bbar_sums[i][of_panel];
+                scaled += scaled_sums[i][of_panel];
             }
             const ModeGrads g = discretize_backward_scaled(disc, mode, cast<double>(params.B(h, m)), scaled, dBbar);
-            dlog_dt = g.log_dt;
+            dlog_dt += g.log_dt;
             if (grads.log_neg_re) grads.log_neg_re(h, m) = static_cast<P>(g.log_neg_re);
             if (grads.im) grads.im(h, m) = static_cast<P>(g.im);
             if (grads.B) grads.B(h, m) = cast<P>(g.B);
         }
-        log_dt[m] = dlog_dt;
+        __syncthreads();
     }
+    if (share == 0) log_dt[of_panel] = dlog_dt;
     __syncthreads();
     if (threadIdx.x == 0 && grads.log_dt) {
         double sum = 0.0;
@@ -415,42 +496,47 @@ __global__ void __launch_bounds__(finish_threads)
     }
 }
 
-/// dC = conj(C) (H + H^T) (eq. 23), or, for real_parts, twice what the parts have. A block has finish_rows rows of a head.
+/// dC = conj(C) (H + H^T) (eq. 23), or, for real_parts, twice what the parts have. Block (head, finish_rows rows, panel of columns).
 inline constexpr int finish_rows = 8;
 template <class T, class P>
 __global__ void __launch_bounds__(finish_threads)
     finish_mix_kernel(Readout readout, View<const complex<P>, 3> C, Index M, PartialSums<T> query, Index query_parts, View<complex<P>, 3> dC) {
-    __shared__ complex<double> row_of_C[finish_rows][padded];
-    const Index h = blockIdx.x;
+    __shared__ complex<double> rows_of_C[finish_rows][padded];
+    const Index h = blockIdx.x, panels = gridDim.z;
     const auto sum_of = [&](Index j, Index n) {
         c64 sum{};
         for (Index part = h * query_parts; part < (h + 1) * query_parts; ++part)
-            sum += cast<double>(query.mix[part * PartialSums<T>::mix_size + j * padded + n]);
+            sum += cast<double>(query.of(0, (part * panels + j / padded) * panels + n / padded).mix[j % padded * padded + n % padded]);
         return sum;
     };
-    const int first = static_cast<int>(blockIdx.y) * finish_rows;
-    for (int i = static_cast<int>(threadIdx.x); i < finish_rows * padded; i += finish_threads) {
-        const int j = first + i / padded, n = i % padded;
-        row_of_C[i / padded][n] = j < M && n < M ? conj(cast<double>(C(h, j, n))) : c64{};
-    }
-    __syncthreads();
+    const Index first = static_cast<Index>(blockIdx.y) * finish_rows;
     // A thread has some rows of one column, for which H + H^T is summed once.
     constexpr int shares = finish_threads / padded, rows = finish_rows / shares;
-    const int n = static_cast<int>(threadIdx.x) % padded, share = static_cast<int>(threadIdx.x) / padded;
-    if (n >= M) return;
+    const int share = static_cast<int>(threadIdx.x) / padded;
+    const Index n = static_cast<Index>(blockIdx.z) * padded + threadIdx.x % padded;
     c64 sums[rows] = {};
     if (readout == Readout::real_parts) {
-        for (int r = 0; r < rows; ++r)
-            if (first + share * rows + r < M) sums[r] = 2.0 * sum_of(first + share * rows + r, n);
+        if (n < M)
+            for (int r = 0; r < rows; ++r)
+                if (first + share * rows + r < M) sums[r] = 2.0 * sum_of(first + share * rows + r, n);
     } else {
-        for (Index i = 0; i < M; ++i) {
-            const c64 both = sum_of(i, n) + sum_of(n, i);
+        for (Index begin = 0; begin < M; begin += padded) {
+            for (int i = static_cast<int>(threadIdx.x); i < finish_rows * padded; i += finish_threads) {
+                const Index j = first + i / padded, k = begin + i % padded;
+                rows_of_C[i / padded][i % padded] = j < M && k < M ? conj(cast<double>(C(h, j, k))) : c64{};
+            }
+            __syncthreads();
+            for (Index i = begin; i < begin + padded && i < M && n < M; ++i) {
+                const c64 both = sum_of(i, n) + sum_of(n, i);
 #pragma unroll
-            for (int r = 0; r < rows; ++r) sums[r] += row_of_C[share * rows + r][i] * both;
+                for (int r = 0; r < rows; ++r) sums[r] += rows_of_C[share * rows + r][i - begin] * both;
+            }
+            __syncthreads();
         }
     }
-    for (int r = 0; r < rows; ++r)
-        if (first + share * rows + r < M) dC(h, first + share * rows + r, n) = cast<P>(sums[r]);
+    if (n < M)
+        for (int r = 0; r < rows; ++r)
+            if (first + share * rows + r < M) dC(h, first + share * rows + r, n) = cast<P>(sums[r]);
 }
 
 }  // namespace INTERSTATE_KERNELS

@@ -38,18 +38,59 @@ struct Form<f16> {
     static constexpr int chunk = 32;
 };
 
-/// Modes, features and value columns, padded to one size.
+/// Modes, features and value columns, padded to one size: a panel of a matrix has that many.
 inline constexpr int padded = 64;
 
-/// Elements of a chunk's arrays.
+/// Panels of a shape: of modes, and of the columns of keys and of values. With one of each and no normaliser, kernels that keep a whole chunk in
+/// shared memory run (cuda_chunk_output.cuh, cuda_chunk_backward.cuh), else those of cuda_chunk_panels.cuh.
+struct Panels {
+    int modes = 1, keys = 1, values = 1;
+    bool ones = false;  // the normaliser's channel of ones is another column of values
+    Panels() = default;
+    Panels(const Options& options, const Shape& s)
+        : modes(count(s.modes)), keys(count(s.features)), values(count(s.value_dim + (options.normalized() ? 1 : 0))), ones(options.normalized()) {}
+    INTERSTATE_HD int columns() const { return keys + values; }
+    /// Of a state, panel (modes, columns) after panel.
+    INTERSTATE_HD int state() const { return modes * columns(); }
+    INTERSTATE_HD int mix() const { return modes * modes; }
+    bool single() const { return modes == 1 && keys == 1 && values == 1 && !ones; }
+
+  private:
+    static int count(Index columns) { return static_cast<int>(std::max<Index>(ceil_div(columns, padded), 1)); }
+};
+
+/// Elements of a chunk's arrays, of a panel each.
 template <class T>
 struct Sizes {
-    static constexpr int chunk = Form<T>::chunk, modes = padded, wide = 2 * padded;
+    static constexpr int chunk = Form<T>::chunk, wide = 2 * padded;
     static constexpr int tokens = chunk * padded;        // rows of q, k, v or dout
     static constexpr int coefficients = chunk * wide;    // a, e, w or p; the table of powers
     static constexpr int state = wide * padded;          // half a state: keys or values
     static constexpr int mix = padded * wide;            // G or C
     static constexpr int square = chunk * chunk;         // scores, P, Q
+};
+
+/// A tensor of rows of heads, and whether they move 16 bytes at once; `ones`: with a column of ones behind the last.
+template <class T>
+struct HeadRows {
+    View<T, 4> view{};
+    bool wide = false, ones = false;
+    HeadRows() = default;
+    HeadRows(const View<T, 4>& view_, bool ones_ = false) : view(view_), wide(device::moves_wide(view_, view_.extent[3])), ones(ones_) {}
+};
+
+/// Rows of heads by chunks: those of a tensor or, if not null, panels (slot, head, panel) (chunk, columns) made from it.
+template <class T>
+struct Source {
+    HeadRows<const T> rows{};
+    const typename Form<T>::Element* panels = nullptr;
+    int heads = 0, each = 0;  // panels of a slot and head
+    Source() = default;
+    Source(const View<const T, 4>& view, bool ones = false) : rows(view, ones) {}
+    INTERSTATE_HD const auto* panel(Index at, int head, int column) const {
+        return panels + ((at * heads + head) * each + column) * Sizes<T>::tokens;
+    }
+    Index columns() const { return rows.view.extent[3]; }
 };
 
 /// Chunks of all recurrences, numbered so that those which can be computed at the same time are neighbours: a dense batch
@@ -154,19 +195,24 @@ struct Lane {
 
 }  // namespace INTERSTATE_KERNELS
 
-/// What kernels share of a key/value head: powers Lam^n, n = 0 .. chunk, in float64 and float32 (chunk + 1, modes);
-/// table[j] = Lam^(chunk - 1 - j) Bbar (chunk, 2 modes); mix, conj(C^T C) or, for real_parts, C (modes, 2 modes).
+/// A power as the kernels of chunks multiply by it: where products have 8 bits, 11 are enough.
+template <class T>
+using Power = std::conditional_t<Form<T>::precision == device::Precision::bfloat, f16, float>;
+
+/// What kernels share of a key/value head, for each of its panels of modes: powers Lam^n, n = 0 .. chunk, in float64 and as
+/// Power (chunk + 1, modes); table[j] = Lam^(chunk - 1 - j) Bbar (chunk, 2 modes). And for each pair of panels mix,
+/// conj(C^T C) or, for real_parts, C (modes, 2 modes).
 template <class T>
 struct Tables {
     using E = typename Form<T>::Element;
     complex<double>* powers64;
-    complex<float>* powers;
+    complex<Power<T>>* powers;
     E *table, *mix;
-    Tables(Arena& arena, const Shape& s)
-        : powers64(arena.take<complex<double>>(s.kv_heads * power_size)),
-          powers(arena.take<complex<float>>(s.kv_heads * power_size)),
-          table(arena.take<E>(s.kv_heads * Sizes<T>::coefficients)),
-          mix(arena.take<E>(s.kv_heads * Sizes<T>::mix)) {}
+    Tables(Arena& arena, const Shape& s, const Panels& panels)
+        : powers64(arena.take<complex<double>>(s.kv_heads * panels.modes * power_size)),
+          powers(arena.take<complex<Power<T>>>(s.kv_heads * panels.modes * power_size)),
+          table(arena.take<E>(s.kv_heads * panels.modes * Sizes<T>::coefficients)),
+          mix(arena.take<E>(s.kv_heads * panels.mix() * Sizes<T>::mix)) {}
     static constexpr Index power_size = (Sizes<T>::chunk + 1) * padded;
 };
 

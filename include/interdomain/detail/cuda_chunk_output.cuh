@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(group_threads, sizeof(typename Form<T>::Elemen
 
     device::copy_matrix<S::coefficients, group_threads>(shared.table, tables.table + h * S::coefficients, thread);
     device::copy_matrix<S::mix, group_threads>(shared.mix, tables.mix + h * S::mix, thread);
+    device::wait_for_previous_kernel();
     const auto states_of = [&](int slot) { return run.states + (static_cast<Index>(slot - run.slice.begin) * heads + h) * 2 * S::state; };
     for (ChunkList<S::chunk> list(run.slots, run.slice); list.more(); list.next()) {
         const Chunk<S::chunk> chunk = list.chunk;
@@ -105,7 +106,7 @@ template <class T>
 Status launch_output(const cuda& exec, const Options& options, const ChunkOutput<T>& run, const Tables<T>& tables, Index query_heads, Index parts) {
     return launch(exec, "output_kernel",
                   options.readout == Readout::real_parts ? output_kernel<T, true> : output_kernel<T, false>,
-                  {dim3(static_cast<unsigned>(parts), static_cast<unsigned>(query_heads)), dim3(group_threads), sizeof(OutputShared<T>)}, run, tables);
+                  {dim3(static_cast<unsigned>(parts), static_cast<unsigned>(query_heads)), dim3(group_threads), sizeof(OutputShared<T>), true}, run, tables);
 }
 
 }  // namespace INTERSTATE_KERNELS

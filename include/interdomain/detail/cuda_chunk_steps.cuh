@@ -28,6 +28,8 @@ struct Steps {
     static constexpr int wide_tiles = wide / 8 / column_groups, feature_tiles = padded / 8 / column_groups;
     static constexpr int token_tiles = chunk / 8 / column_groups < 2 ? 2 : chunk / 8 / column_groups;
     using WideTiles = float[wide_tiles][4];
+    using TokenTiles = float[token_tiles][4];
+    using FeatureTiles = float[feature_tiles][4];
 
     Lane lane;
     int row_group, column_group, row;  // row: the first of the warp's 16
@@ -42,20 +44,27 @@ struct Steps {
     /// First column of the table that rows of this warp's tokens reach: lags of at most row + 15.
     __device__ int first_lag() const { return chunk - 16 * (row_group + 1); }
 
-    /// scores[t][chunk - 1 - t + s] = x[t].y[s], s <= t: shifted so that columns are lags, from the longest one down.
+    /// Products x[t].y[s] of a warp's tokens, where any of its s are as early as a t.
+    __device__ bool has_scores() const { return token_column() < chunk && token_column() <= row + 15; }
+    __device__ void add_scores(TokenTiles& c, const E* x, const E* y) const {
+        if (has_scores())
+            device::multiply<F::precision, padded>(c, device::as_stored<padded>(x), row, device::as_stored<padded>(y), token_column(), 0, lane.index);
+    }
+    /// to[t][chunk - 1 - t + s], s <= t: shifted so that columns are lags, from the longest one down.
+    __device__ void put_scores(const TokenTiles& c, E* to) const {
+        if (has_scores()) put_shifted<-8>(c, to, token_column(), chunk - 1 - (row + lane.group), row_group);
+    }
     __device__ void scores(const E* x, const E* y, E* to) const {
-        const int first = token_column();
-        if (first >= chunk || first > row + 15) return;
-        float c[token_tiles][4];
+        TokenTiles c;
         device::clear(c);
-        device::multiply<F::precision, padded>(c, device::as_stored<padded>(x), row, device::as_stored<padded>(y), first, 0, lane.index);
-        put_shifted<-8>(c, to, first, chunk - 1 - (row + lane.group), row_group);
+        add_scores(c, x, y);
+        put_scores(c, to);
     }
     /// Puts element (t, first + ...) of c `shift` columns on in a (chunk, chunk) matrix; from a lane's first row to its
     /// second, 8 below, the shift grows by `step`. Of the block `edge` of 16 columns half comes to lie outside: it leaves zeros
     /// where, 16 (row_group + 1) columns off, the other half wants them. What is beyond that block is left out.
     template <int step>
-    __device__ void put_shifted(const float (&c)[token_tiles][4], E* to, int first, int shift, int edge) const {
+    __device__ void put_shifted(const TokenTiles& c, E* to, int first, int shift, int edge) const {
         const int wrap = (step < 0 ? -128 : 128) * (row_group + 1);
 #pragma unroll
         for (int parity = 0; parity < 2; ++parity) {
@@ -93,25 +102,46 @@ struct Steps {
             for (int e = 0; e < 4; e += 2) f(i, e, at + 64 * i + e * 4 * wide, t + 4 * e, m + 4 * i);
     }
     /// The powers Lam^(t+1) of a WideTiles.
-    struct Powers {
-        float4 x[wide_tiles / 2][2];  // of two neighbouring modes
-        __device__ Powers(const Steps& steps, const complex<float>* powers) {
-            steps.each_pair([&](int i, int e, int, int t, int m) { x[i / 2][e / 2] = *reinterpret_cast<const float4*>(powers + (t + 1) * padded + m); });
+    class Powers {
+      public:
+        __device__ Powers(const Steps& steps, const complex<Power<T>>* powers) {
+            steps.each_pair([&](int i, int e, int, int t, int m) {
+                x_[i / 2][e / 2] = *reinterpret_cast<const Two*>(powers + (t + 1) * padded + m);
+            });
         }
+        /// Of two neighbouring modes, in a lane's pair e of tile i.
+        __device__ float4 operator()(int i, int e) const {
+            const complex<Power<T>>(&x)[2] = x_[i / 2][e / 2].x;
+            return {device::load_as<float>(x[0].re), device::load_as<float>(x[0].im), device::load_as<float>(x[1].re), device::load_as<float>(x[1].im)};
+        }
+
+      private:
+        struct alignas(2 * sizeof(complex<Power<T>>)) Two {
+            complex<Power<T>> x[2];
+        };
+        Two x_[wide_tiles / 2][2];
     };
 
-    /// What the entering state adds: Lam^(t+1) (X x[t]).
-    __device__ void coefficients_of_state(WideTiles& c, const E* x, const E* state, const Powers& powers) const {
-        device::clear(c);
+    /// X x[t].
+    __device__ void add_products_with_state(WideTiles& c, const E* x, const E* state) const {
         device::multiply<F::precision, padded>(c, device::as_stored<padded>(x), row, device::as_stored<padded>(state), wide_column(), 0, lane.index);
+    }
+    /// Lam^(t+1) o c.
+    __device__ void age(WideTiles& c, const Powers& powers) const {
         each_pair([&](int i, int e, int, int, int) {
-            const float4 p = powers.x[i / 2][e / 2];
+            const float4 p = powers(i, e);
             const float re0 = c[i][e], re1 = c[i][e + 1], im0 = c[i + 1][e], im1 = c[i + 1][e + 1];
             c[i][e] = p.x * re0 - p.y * im0;
             c[i + 1][e] = p.x * im0 + p.y * re0;
             c[i][e + 1] = p.z * re1 - p.w * im1;
             c[i + 1][e + 1] = p.z * im1 + p.w * re1;
         });
+    }
+    /// What the entering state adds: Lam^(t+1) (X x[t]).
+    __device__ void coefficients_of_state(WideTiles& c, const E* x, const E* state, const Powers& powers) const {
+        device::clear(c);
+        add_products_with_state(c, x, state);
+        age(c, powers);
     }
     /// And what the chunk's own tokens add.
     __device__ void add_coefficients_of_chunk(WideTiles& c, const E* scores, const E* table) const {
@@ -149,6 +179,18 @@ struct Steps {
         for (int i = 0; i < wide_tiles; ++i)
 #pragma unroll
             for (int e = 0; e < 4; e += 2) device::put_pair(kept[i][e / 2].x, c[i][e], c[i][e + 1]);
+    }
+    __device__ void put_kept(const WideTiles& c, E* to) const {
+        each_pair([&](int i, int e, int at, int, int) {
+            device::put_pair(to + at, c[i][e], c[i][e + 1]);
+            device::put_pair(to + at + 64, c[i + 1][e], c[i + 1][e + 1]);
+        });
+    }
+    __device__ void get_kept(Kept& kept, const E* from) const {
+        each_pair([&](int i, int e, int at, int, int) {
+            kept[i][e / 2] = *reinterpret_cast<const Pair*>(from + at);
+            kept[i + 1][e / 2] = *reinterpret_cast<const Pair*>(from + at + 64);
+        });
     }
     /// Sums over a warp's tokens of what is given for each of its modes, a few of them in each lane.
     static constexpr int scaled_count = wide_tiles / 4;
@@ -192,16 +234,19 @@ struct Steps {
         }
     }
 
-    /// conj(w) from conj(a), with conj(C^T C) (eq. 15).
-    __device__ void read_out(WideTiles& c, const E* a, const E* mix) const {
-        device::clear(c);
+    /// conj(w) += conj(C^T C) conj(a) (eq. 15).
+    __device__ void add_mixed(WideTiles& c, const E* a, const E* mix) const {
         device::multiply_complex<F::precision, wide>(c, device::as_stored<wide>(a), row, device::as_stored<wide>(mix), wide_column() / 2, lane.index);
     }
-    /// For real_parts in two steps: s = 2 Re(C a), then conj(w) = conj(2 C^T s).
-    __device__ void real_parts(const E* a, const E* mix, E* s) const {
-        float c[feature_tiles][4];
+    __device__ void read_out(WideTiles& c, const E* a, const E* mix) const {
         device::clear(c);
+        add_mixed(c, a, mix);
+    }
+    /// For real_parts in two steps: s = 2 Re(C a), then conj(w) = conj(2 C^T s).
+    __device__ void add_half_of_real_parts(FeatureTiles& c, const E* a, const E* mix) const {
         device::multiply<F::precision, wide>(c, device::as_stored<wide>(a), row, device::as_stored<wide>(mix), feature_column(), 0, lane.index);
+    }
+    __device__ void put_doubled(const FeatureTiles& c, E* s) const {
 #pragma unroll
         for (int i = 0; i < feature_tiles; ++i)
 #pragma unroll
@@ -209,19 +254,31 @@ struct Steps {
                 put_factors<T>(s + device::blocked<padded>(row + lane.group, feature_column()) + 2 * lane.quad + 64 * i + e * 4 * padded,
                                2.0f * c[i][e], 2.0f * c[i][e + 1]);
     }
-    __device__ void read_out_real(WideTiles& c, const E* s, const E* mix) const {
+    __device__ void real_parts(const E* a, const E* mix, E* s) const {
+        FeatureTiles c;
         device::clear(c);
+        add_half_of_real_parts(c, a, mix);
+        put_doubled(c, s);
+    }
+    __device__ void add_mixed_real(WideTiles& c, const E* s, const E* mix) const {
         device::multiply<F::precision, padded>(c, device::as_stored<padded>(s), row, device::transposed<wide>(mix), wide_column(), 0, lane.index);
+    }
+    __device__ void double_and_conjugate(WideTiles& c) const {
 #pragma unroll
         for (int i = 0; i < wide_tiles; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) c[i][e] *= i % 2 == 0 ? 2.0f : -2.0f;
     }
+    __device__ void read_out_real(WideTiles& c, const E* s, const E* mix) const {
+        device::clear(c);
+        add_mixed_real(c, s, mix);
+        double_and_conjugate(c);
+    }
 
     /// conj(Lam)^(t+1) o conj(w).
     __device__ void scale(WideTiles& c, const Powers& powers) const {
         each_pair([&](int i, int e, int, int, int) {
-            const float4 p = powers.x[i / 2][e / 2];
+            const float4 p = powers(i, e);
             const float re0 = c[i][e], re1 = c[i][e + 1], im0 = c[i + 1][e], im1 = c[i + 1][e + 1];
             c[i][e] = p.x * re0 + p.y * im0;
             c[i + 1][e] = p.x * im0 - p.y * re0;
@@ -230,14 +287,21 @@ struct Steps {
         });
     }
 
-    /// P[t][s] = Re sum_m w[t,m] Lam[m]^(t-s) Bbar[m] (eq. 16), s <= t; zero within 16 tokens after t.
+    /// Re sum_m w[t,m] Lam[m]^n Bbar[m] (eq. 16) of a warp's tokens, where it has any lags n <= t.
+    __device__ bool has_weights() const { return token_column() < chunk && token_column() + 8 * token_tiles > first_lag(); }
+    __device__ void add_weights(TokenTiles& c, const E* w, const E* table) const {
+        if (has_weights())
+            device::multiply<F::precision, wide>(c, device::as_stored<wide>(w), row, device::as_stored<wide>(table), token_column(), 0, lane.index);
+    }
+    /// P[t][s], s <= t; zero within 16 tokens after t.
+    __device__ void put_weights(const TokenTiles& c, E* to) const {
+        if (has_weights()) put_shifted<8>(c, to, token_column(), row + lane.group - (chunk - 1), first_lag() / 16);
+    }
     __device__ void weights(const E* w, const E* table, E* to) const {
-        const int first = token_column();
-        if (first >= chunk || first + 8 * token_tiles <= first_lag()) return;
-        float c[token_tiles][4];
+        TokenTiles c;
         device::clear(c);
-        device::multiply<F::precision, wide>(c, device::as_stored<wide>(w), row, device::as_stored<wide>(table), first, 0, lane.index);
-        put_shifted<8>(c, to, first, row + lane.group - (chunk - 1), first_lag() / 16);
+        add_weights(c, w, table);
+        put_weights(c, to);
     }
 };
 

@@ -6,6 +6,7 @@
 
 #include <interdomain/detail/cuda_chunk_backward.cuh>
 #include <interdomain/detail/cuda_chunk_output.cuh>
+#include <interdomain/detail/cuda_chunk_panels.cuh>
 #include <interdomain/detail/cuda_chunk_sweep.cuh>
 #include <interdomain/detail/cuda_chunk_tables.cuh>
 
@@ -13,8 +14,9 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace interdomain::detail::chunks {
 inline namespace INTERSTATE_KERNELS {
 
-inline bool supports(const Options& options, const Shape& s) {
-    return s.dtype != DType::f64 && !options.normalized() && s.modes <= padded && s.features <= padded && s.value_dim <= padded &&
+inline bool supports(const Shape& s) {
+    constexpr Index most = 4096;  // blocks of a grid count pairs of panels
+    return s.dtype != DType::f64 && s.modes <= most && s.features <= most && s.value_dim <= most &&
            s.query_heads <= 65535 && slot_count(s, Form<f32>::chunk) <= 0x7fffffff;
 }
 
@@ -23,15 +25,17 @@ template <class T>
 struct Plan {
     using E = typename Form<T>::Element;
     using S = Sizes<T>;
+    Panels panels;
     Index slots, slots_of_slice, slices, carriers;
     // Blocks a head: enough for every multiprocessor of a large GPU, and no more sums than that.
     Index output_parts, query_parts, token_parts;
 
-    explicit Plan(const Shape& s) {
+    Plan(const Options& options, const Shape& s) : panels(options, s) {
         slots = slot_count(s, S::chunk);
         carriers = s.packed() ? 1 : s.batch;
         const auto bytes = [&](Index elements) { return static_cast<double>(elements) * sizeof(E); };
-        const double of_slot = bytes(s.kv_heads * 4 * S::state + s.query_heads * 2 * (S::coefficients + S::square));
+        const Index of_query_head = panels.single() ? S::coefficients + S::square : panels.modes * 3 * S::coefficients + 2 * S::square;
+        const double of_slot = bytes(s.kv_heads * 2 * panels.state() * S::state + s.query_heads * 2 * of_query_head);
         const double tensors = 2.0 * static_cast<double>(sizeof(T)) * static_cast<double>(s.batch * s.length) *
                                static_cast<double>((s.query_heads + s.kv_heads) * s.columns());
         // A third of all inputs, outputs and gradients, or what is little anyway.
@@ -39,11 +43,9 @@ struct Plan {
         const Index rows = s.packed() ? 1 : std::max<Index>(s.batch, 1);
         slots_of_slice = static_cast<Index>(room / std::max(of_slot, 1.0)) / rows * rows;
         slots_of_slice = std::max(rows, std::min(slots_of_slice, slots));
-        constexpr Index multiprocessors = 132;
-        const auto parts = [&](Index blocks, Index heads) { return std::min(std::max<Index>(blocks / std::max<Index>(heads, 1), 1), slots_of_slice); };
         output_parts = parts(2 * multiprocessors, s.query_heads);
-        query_parts = parts(multiprocessors, s.query_heads);
-        token_parts = parts(2 * multiprocessors, s.kv_heads);
+        query_parts = parts(multiprocessors, s.query_heads * panels.mix());
+        token_parts = parts(2 * multiprocessors, s.kv_heads * panels.modes);
         // Slices of equal size, in which the blocks of a head have equally many chunks.
         if (slots > slots_of_slice) {
             const Index whole = rows * output_parts / std::gcd(rows, output_parts), equal = ceil_div(slots, ceil_div(slots, slots_of_slice));
@@ -52,10 +54,14 @@ struct Plan {
         }
         slices = ceil_div(slots, slots_of_slice);
     }
+    static constexpr Index multiprocessors = 132;
+    Index parts(Index blocks, Index heads) const {
+        return std::min(std::max<Index>(blocks / std::max<Index>(heads, 1), 1), slots_of_slice);
+    }
     Slice slice(Index i) const {
         return {static_cast<int>(i * slots_of_slice), static_cast<int>(std::min((i + 1) * slots_of_slice, slots))};
     }
-    Index border_size(const Shape& s) const { return carriers * s.kv_heads * 2 * S::state; }
+    Index border_size(const Shape& s) const { return carriers * s.kv_heads * panels.state() * S::state; }
 };
 
 /// States at the borders between slices, from forward for backward.
@@ -77,21 +83,34 @@ struct Layout {
     // backward
     E *adjoints, *scaled, *weights;
     PartialSums<T> query, token;
+    // with several panels
+    E *a, *w, *halves, *scores;
+    // with a normaliser
+    float* raw;
+    E* up;
 
-    Layout(Arena& arena, const Shape& s, pass p) : plan(s), tables(arena, s) {
-        const Index slots = plan.slots_of_slice, backward = p == pass::backward ? 1 : 0;
-        states = arena.take<E>(slots * s.kv_heads * 2 * S::state);
+    Layout(Arena& arena, const Options& options, const Shape& s, pass p) : plan(options, s), tables(arena, s, plan.panels) {
+        const Index slots = plan.slots_of_slice, backward = p == pass::backward ? 1 : 0, several = plan.panels.single() ? 0 : 1;
+        const Index modes = plan.panels.modes, members = slots * s.query_heads * (1 + backward);
+        states = arena.take<E>(slots * s.kv_heads * plan.panels.state() * S::state);
         for (float*& border : borders) border = arena.take<float>(plan.border_size(s));
-        adjoints = arena.take<E>(backward * slots * s.kv_heads * 2 * S::state);
-        scaled = arena.take<E>(backward * slots * s.query_heads * 2 * S::coefficients);
-        weights = arena.take<E>(backward * slots * s.query_heads * 2 * S::square);
+        adjoints = arena.take<E>(backward * slots * s.kv_heads * plan.panels.state() * S::state);
+        scaled = arena.take<E>(backward * members * modes * S::coefficients);
+        weights = arena.take<E>(backward * members * S::square);
         const auto sums = [&](Index parts, bool mix) {
-            return PartialSums<T>{arena.take<float>(parts * PartialSums<T>::lag_size),
-                                  arena.take<complex<float>>(mix ? parts * PartialSums<T>::mix_size : 0),
-                                  arena.take<complex<float>>(parts * padded)};
+            return PartialSums<T>{arena.take<float>(parts * modes * PartialSums<T>::lag_size),
+                                  arena.take<complex<float>>(mix ? parts * modes * modes * PartialSums<T>::mix_size : 0),
+                                  arena.take<complex<float>>(parts * modes * padded)};
         };
         query = sums(backward * s.query_heads * plan.query_parts, true);
         token = sums(backward * s.kv_heads * plan.token_parts, false);
+        a = arena.take<E>(several * members * modes * S::coefficients);
+        w = arena.take<E>(several * members * modes * S::coefficients);
+        halves = arena.take<E>(options.readout == Readout::real_parts ? several * members * modes * S::tokens : 0);
+        scores = arena.take<E>(several * backward * members * S::square);
+        const Index of_ones = plan.panels.ones ? slots * s.query_heads * plan.panels.values * S::tokens : 0;
+        raw = arena.take<float>(of_ones);
+        up = arena.take<E>(backward * of_ones);
     }
 };
 
@@ -105,17 +124,17 @@ std::size_t with_form(const Shape& s, F&& f) {
         default: return 0;
     }
 }
-inline std::size_t saved_size(const Options&, const Shape& s) {
+inline std::size_t saved_size(const Options& options, const Shape& s) {
     return with_form(s, [&]<class T>(T) {
         Arena arena;
-        Borders<T>(arena, Plan<T>(s), s);
+        Borders<T>(arena, Plan<T>(options, s), s);
         return arena.required();
     });
 }
-inline std::size_t workspace_size(const Options&, const Shape& s, pass p) {
+inline std::size_t workspace_size(const Options& options, const Shape& s, pass p) {
     return with_form(s, [&]<class T>(T) {
         Arena arena;
-        Layout<T>(arena, s, p);
+        Layout<T>(arena, options, s, p);
         return arena.required();
     });
 }
@@ -126,33 +145,102 @@ Sweep<T> states_sweep(const Inputs<T, P>& in, const Shape& s, const Layout<T>& w
                       float* carry_out) {
     return {.slots = slots_of(s, in.cu_seqlens),
             .slice = w.plan.slice(slice),
+            .panels = w.plan.panels,
             .group = static_cast<int>(s.group()),
             .modes = static_cast<int>(s.modes),
             .features = static_cast<int>(s.features),
-            .half = {{in.k, device::moves_wide(in.k, s.features)}, {in.v, device::moves_wide(in.v, s.value_dim)}},
+            .half = {in.k, Source<T>(in.v, w.plan.panels.ones)},
             .initial = in.x0,
+            .initial_ones = in.eta0,
             .carry_in = carry_in,
             .carry_out = carry_out,
             .states = w.states};
+}
+
+/// A slice of chunks with several panels; the caller gives it tensors.
+template <class T>
+PanelRun<T> panel_run(const Shape& s, const Layout<T>& w, Index slice, const View<const std::int32_t, 1>& cu, int sides) {
+    PanelRun<T> run;
+    run.slots = slots_of(s, cu);
+    run.slice = w.plan.slice(slice);
+    run.panels = w.plan.panels;
+    run.group = static_cast<int>(s.group());
+    run.query_heads = static_cast<int>(s.query_heads);
+    run.sides = sides;
+    run.states = w.states;
+    run.a = w.a, run.w = w.w, run.halves = w.halves;
+    if (sides == 2) run.of_state = w.scaled, run.scores = w.scores, run.weights = w.weights;
+    return run;
+}
+
+/// Block (part, head, z), with as many parts as fill a large GPU twice.
+template <class T, class... Parameters, class... Arguments>
+Status launch_panel(const cuda& exec, const char* name, void (*kernel)(Parameters...), std::size_t shared, const Plan<T>& plan, Index heads, int z,
+                    const Arguments&... arguments) {
+    const Index parts = plan.parts(2 * Plan<T>::multiprocessors, heads * z);
+    return launch(exec, name, kernel,
+                  {dim3(static_cast<unsigned>(parts), static_cast<unsigned>(heads), static_cast<unsigned>(z)), dim3(group_threads), shared}, arguments...);
+}
+
+/// a and w of one side of a slice.
+template <class T>
+Status launch_coefficients(const cuda& exec, const Options& options, const PanelRun<T>& run, const Layout<T>& w) {
+    const int modes = run.panels.modes;
+    INTERSTATE_RETURN_IF_ERROR(launch_panel(exec, "panel_coefficients_kernel", panel_coefficients_kernel<T>, sizeof(PanelCoefficientsShared<T>), w.plan,
+                                            run.query_heads, modes, run, w.tables));
+    const auto read_out = [&](auto kernel) {
+        return launch_panel(exec, "panel_readout_kernel", kernel, sizeof(PanelReadoutShared<T>), w.plan, run.query_heads, modes, run, w.tables);
+    };
+    if (options.readout != Readout::real_parts) return read_out(panel_readout_kernel<T, Reads::all>);
+    INTERSTATE_RETURN_IF_ERROR(read_out(panel_readout_kernel<T, Reads::halves>));
+    return read_out(panel_readout_kernel<T, Reads::of_halves>);
+}
+
+/// a, w and o of a slice or, where there is a normaliser, numerators and denominator in w.raw.
+template <class T, class P>
+Status launch_outputs(const cuda& exec, const Options& options, const Inputs<T, P>& in, const View<T, 4>& o, PanelRun<T> run, const Layout<T>& w) {
+    run.x = in.q, run.y = in.k, run.z = HeadRows<const T>(in.v, run.panels.ones);
+    if (run.panels.ones)
+        run.raw = w.raw;
+    else
+        run.out = o;
+    INTERSTATE_RETURN_IF_ERROR(launch_coefficients(exec, options, run, w));
+    return launch_panel(exec, "panel_output_kernel", panel_output_kernel<T>, sizeof(PanelOutputShared<T>), w.plan, run.query_heads, run.panels.values, run,
+                        w.tables);
+}
+
+template <class T>
+Status launch_quotients(const cuda& exec, const Shape& s, const Layout<T>& w, const PanelRun<T>& run, const View<T, 4>& o, const View<const T, 4>& dout,
+                        typename Form<T>::Element* up) {
+    const Quotients<T> quotients{.slots = run.slots, .slice = run.slice, .panels = run.panels.values, .raw = w.raw, .o = o, .dout = dout, .up = up};
+    return launch(exec, "quotient_kernel", quotient_kernel<T>,
+                  {dim3(static_cast<unsigned>(run.slice.end - run.slice.begin), static_cast<unsigned>(s.query_heads)), dim3(group_threads)}, quotients);
 }
 
 template <class T, class P>
 Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved, Workspace ws) {
     const Shape s = shape_of(in);
     Arena arena(ws.data), saved_arena(saved.data);
-    const Layout<T> w(arena, s, pass::forward);
+    const Layout<T> w(arena, options, s, pass::forward);
     const Borders<T> kept(saved_arena, w.plan, s);
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.o, in.cu_seqlens));
     if (w.plan.slots == 0 || s.kv_heads == 0) return {};
-    INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.tables));
+    INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.plan.panels, w.tables));
     const Index border = w.plan.border_size(s);
     const float* carry_in = nullptr;
     for (Index i = 0; i < w.plan.slices; ++i) {
         float* const carry_out = i + 1 == w.plan.slices ? nullptr : saved.data ? kept.states + i * border : w.borders[i % 2];
         Sweep<T> sweep = states_sweep(in, s, w, i, carry_in, carry_out);
         sweep.final = out.xT;
+        sweep.final_ones = out.etaT;
         INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, false>(exec, sweep, w.tables, s.kv_heads)));
         carry_in = carry_out;
+        if (!w.plan.panels.single()) {
+            PanelRun<T> run = panel_run(s, w, i, in.cu_seqlens, 1);
+            INTERSTATE_RETURN_IF_ERROR(launch_outputs(exec, options, in, out.o, run, w));
+            if (w.plan.panels.ones) INTERSTATE_RETURN_IF_ERROR(launch_quotients<T>(exec, s, w, run, out.o, {}, nullptr));
+            continue;
+        }
         const ChunkOutput<T> run{.slots = sweep.slots,
                                  .slice = sweep.slice,
                                  .group = static_cast<int>(s.group()),
@@ -161,8 +249,8 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
                                  .v = in.v,
                                  .o = out.o,
                                  .wide_q = device::moves_wide(in.q, s.features),
-                                 .wide_k = sweep.half[0].wide,
-                                 .wide_v = sweep.half[1].wide,
+                                 .wide_k = sweep.half[0].rows.wide,
+                                 .wide_v = sweep.half[1].rows.wide,
                                  .wide_o = device::moves_wide(out.o, s.value_dim),
                                  .states = w.states};
         INTERSTATE_RETURN_IF_ERROR(launch_output(exec, options, run, w.tables, s.query_heads, w.plan.output_parts));
@@ -170,18 +258,77 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
     return {};
 }
 
+/// What takes the place of queries in backward: dout, or what the normaliser makes of it.
+template <class T>
+Source<T> upstream_of(const Upstream<T>& upstream, const Shape& s, const Layout<T>& w) {
+    Source<T> source(upstream.o);
+    if (w.plan.panels.ones) {
+        source.panels = w.up;
+        source.heads = static_cast<int>(s.query_heads);
+        source.each = w.plan.panels.values;
+    }
+    return source;
+}
+
+/// query_gradient_kernel's work on several panels.
+template <class T, class P>
+Status run_query_panels(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Shape& s, const Upstream<T>& upstream,
+                        const Grads<T, P>& grads, const Layout<T>& w, Index slice) {
+    PanelRun<T> sides[2] = {panel_run(s, w, slice, in.cu_seqlens, 2), panel_run(s, w, slice, in.cu_seqlens, 2)};
+    const HeadRows<const T> v(in.v, w.plan.panels.ones);
+    sides[0].x = in.q, sides[0].y = in.k, sides[0].z = v;
+    sides[1].side = 1, sides[1].x = upstream_of(upstream, s, w), sides[1].y = v, sides[1].z = in.k, sides[1].out = grads.q;
+    if (w.plan.panels.ones) {
+        const PanelRun<T> forward = panel_run(s, w, slice, in.cu_seqlens, 1);
+        INTERSTATE_RETURN_IF_ERROR(launch_outputs(exec, options, in, {}, forward, w));
+        INTERSTATE_RETURN_IF_ERROR(launch_quotients<T>(exec, s, w, forward, {}, upstream.o, w.up));
+    }
+    for (const PanelRun<T>& run : sides) INTERSTATE_RETURN_IF_ERROR(launch_coefficients(exec, options, run, w));
+    const auto sum = [&](auto kernel, std::size_t shared) {
+        return launch(exec, "panel_sums_kernel", kernel,
+                      {dim3(static_cast<unsigned>(w.plan.query_parts), static_cast<unsigned>(s.query_heads), static_cast<unsigned>(w.plan.panels.mix())),
+                       dim3(query_threads), shared},
+                      sides[0], w.query, slice == w.plan.slices - 1);
+    };
+    INTERSTATE_RETURN_IF_ERROR(options.readout == Readout::real_parts ? sum(panel_sums_kernel<T, true>, sizeof(PanelSumsShared<T, true>))
+                                                                      : sum(panel_sums_kernel<T, false>, sizeof(PanelSumsShared<T, false>)));
+    for (const PanelRun<T>& run : sides)
+        INTERSTATE_RETURN_IF_ERROR(launch_panel(exec, "panel_output_kernel", panel_output_kernel<T>, sizeof(PanelOutputShared<T>), w.plan, s.query_heads,
+                                                run.out.view ? run.panels_of_z() : 1, run, w.tables));
+    return {};
+}
+
+/// token_gradient_kernel's work on several panels.
+template <class T, class P>
+Status run_token_panels(const cuda& exec, const Inputs<T, P>& in, const Shape& s, const Upstream<T>& upstream, const Grads<T, P>& grads,
+                        const Layout<T>& w, Index slice) {
+    PanelTokens<T> run;
+    run.slots = slots_of(s, in.cu_seqlens);
+    run.slice = w.plan.slice(slice);
+    run.panels = w.plan.panels;
+    run.group = static_cast<int>(s.group());
+    run.z[0] = in.k, run.z[1] = HeadRows<const T>(in.v, run.panels.ones), run.from[0] = in.q, run.from[1] = upstream_of(upstream, s, w), run.dz[0] = grads.k, run.dz[1] = grads.v;
+    run.states = w.states, run.adjoints = w.adjoints, run.weights = w.weights;
+    INTERSTATE_RETURN_IF_ERROR(launch_panel(exec, "panel_token_gradient_kernel", panel_token_gradient_kernel<T>, sizeof(PanelTokenShared<T>), w.plan,
+                                            s.kv_heads, run.panels.columns(), run, w.tables));
+    return launch(exec, "panel_token_sums_kernel", panel_token_sums_kernel<T>,
+                  {dim3(static_cast<unsigned>(w.plan.token_parts), static_cast<unsigned>(s.kv_heads), static_cast<unsigned>(run.panels.modes)),
+                   dim3(token_threads), sizeof(PanelTokenSumsShared<T>)},
+                  run, w.tables, w.token, slice == w.plan.slices - 1);
+}
+
 template <class T, class P>
 Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>& in, Saved saved, const Upstream<T>& upstream,
                     const Grads<T, P>& grads, Workspace ws) {
     const Shape s = shape_of(in);
     Arena arena(ws.data), saved_arena(saved.data);
-    const Layout<T> w(arena, s, pass::backward);
+    const Layout<T> w(arena, options, s, pass::backward);
     const Borders<T> kept(saved_arena, w.plan, s);
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.q, in.cu_seqlens));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.k, in.cu_seqlens));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.v, in.cu_seqlens));
     if (s.kv_heads == 0) return {};
-    INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.tables));
+    INTERSTATE_RETURN_IF_ERROR(make_tables(exec, options, in.params, s, w.plan.panels, w.tables));
     const Index border = w.plan.border_size(s);
     const float* adjoint_in = nullptr;
     ChunkBackward<T> run{.slots = slots_of(s, in.cu_seqlens),
@@ -210,19 +357,25 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
         const Sweep<T> states = states_sweep(in, s, w, i, i == 0 ? nullptr : kept.states + (i - 1) * border, nullptr);
         INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, false>(exec, states, w.tables, s.kv_heads)));
 
+        const bool single = w.plan.panels.single();
         run.sums = w.query;
-        INTERSTATE_RETURN_IF_ERROR(launch(
-            exec, "query_gradient_kernel",
-            options.readout == Readout::real_parts ? query_gradient_kernel<T, true> : query_gradient_kernel<T, false>,
-            {dim3(static_cast<unsigned>(w.plan.query_parts), static_cast<unsigned>(s.query_heads)), dim3(query_threads), sizeof(QueryShared<T>)},
-            run, w.tables));
+        if (single)
+            INTERSTATE_RETURN_IF_ERROR(launch(
+                exec, "query_gradient_kernel",
+                options.readout == Readout::real_parts ? query_gradient_kernel<T, true> : query_gradient_kernel<T, false>,
+                {dim3(static_cast<unsigned>(w.plan.query_parts), static_cast<unsigned>(s.query_heads)), dim3(query_threads), sizeof(QueryShared<T>), true},
+                run, w.tables));
+        else
+            INTERSTATE_RETURN_IF_ERROR(run_query_panels(exec, options, in, s, upstream, grads, w, i));
 
         Sweep<T> adjoint = states;
-        adjoint.half[0] = {in.q, run.wide_q};
-        adjoint.half[1] = {upstream.o, run.wide_dout};
+        adjoint.half[0] = in.q;
+        adjoint.half[1] = upstream_of(upstream, s, w);
         adjoint.scaled = w.scaled;
         adjoint.initial = upstream.xT;
         adjoint.final = grads.x0;
+        adjoint.initial_ones = upstream.etaT;
+        adjoint.final_ones = grads.eta0;
         adjoint.carry_in = adjoint_in;
         adjoint.carry_out = i == 0 ? nullptr : w.borders[i % 2];
         adjoint.states = w.adjoints;
@@ -230,10 +383,13 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
         INTERSTATE_RETURN_IF_ERROR((launch_sweep<T, true>(exec, adjoint, w.tables, s.kv_heads)));
 
         run.sums = w.token;
-        INTERSTATE_RETURN_IF_ERROR(launch(
-            exec, "token_gradient_kernel", token_gradient_kernel<T>,
-            {dim3(static_cast<unsigned>(w.plan.token_parts), static_cast<unsigned>(s.kv_heads)), dim3(token_threads), sizeof(TokenShared<T>)},
-            run, w.tables));
+        if (single)
+            INTERSTATE_RETURN_IF_ERROR(launch(
+                exec, "token_gradient_kernel", token_gradient_kernel<T>,
+                {dim3(static_cast<unsigned>(w.plan.token_parts), static_cast<unsigned>(s.kv_heads)), dim3(token_threads), sizeof(TokenShared<T>), true},
+                run, w.tables));
+        else
+            INTERSTATE_RETURN_IF_ERROR(run_token_panels(exec, in, s, upstream, grads, w, i));
     }
 
     // Without any slice there are no parts to add: the sums are zero.
@@ -242,10 +398,12 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
     if (g.log_dt || g.log_neg_re || g.im || g.B)
         INTERSTATE_RETURN_IF_ERROR(launch(exec, "finish_parameters_kernel", finish_parameters_kernel<T, P>,
                                           {dim3(static_cast<unsigned>(s.kv_heads)), dim3(finish_threads)}, options.disc, in.params, s.modes,
-                                          w.tables, w.query, query_parts, w.token, token_parts, g));
+                                          Index{w.plan.panels.modes}, w.tables, w.query, query_parts, w.token, token_parts, g));
     if (g.C)
         INTERSTATE_RETURN_IF_ERROR(launch(exec, "finish_mix_kernel", finish_mix_kernel<T, P>,
-                                          {dim3(static_cast<unsigned>(s.kv_heads), padded / finish_rows), dim3(finish_threads)},
+                                          {dim3(static_cast<unsigned>(s.kv_heads), static_cast<unsigned>(w.plan.panels.modes * padded / finish_rows),
+                                            static_cast<unsigned>(w.plan.panels.modes)),
+                                           dim3(finish_threads)},
                                           options.readout, in.params.C, s.modes, w.query, query_parts, g.C));
     return {};
 }

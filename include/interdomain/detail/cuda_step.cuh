@@ -130,6 +130,8 @@ __global__ void __launch_bounds__(step_threads, rows * tiles == 4 ? 2 : 1)
     const auto pair_used = [&](int j, int columns) { return 64 * j + 2 * lane < columns; };
     constexpr float4 zero4{0.0f, 0.0f, 0.0f, 0.0f};
     float4 keys[chunk][tiles], values[rows][tiles];
+    device::wait_for_previous_kernel();
+    device::let_next_kernel_start();
     const auto load_keys = [&](int first) {
 #pragma unroll
         for (int r = 0; r < chunk; ++r)
@@ -390,7 +392,7 @@ Status launch_step(const cuda& exec, const Options& options, const Shape& s, con
                    const State<float>& state, const Token<T>& token, const TokenOut<T>& out) {
     return launch(exec, "step_kernel", step_kernel<rows, tiles, T, P>,
                   {dim3(static_cast<unsigned>(s.batch * s.kv_heads)), dim3(step_threads),
-                   StepShared<rows, tiles>::bytes(s.group())},
+                   StepShared<rows, tiles>::bytes(s.group()), true},
                   options, discrete, state, token, out);
 }
 

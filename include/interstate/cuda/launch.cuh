@@ -12,7 +12,31 @@ namespace interstate::inline INTERSTATE_ABI {
 struct LaunchShape {
     dim3 grid, block;
     std::size_t shared = 0;  // bytes of dynamic shared memory
+    /// The kernel calls device::wait_for_previous_kernel() before it touches memory that an earlier kernel may still use,
+    /// so its blocks may start while the last ones of that kernel run.
+    bool overlaps = false;
 };
+
+inline namespace INTERSTATE_KERNELS {
+namespace device {
+
+/// Waits until the kernels before this one are complete and what they wrote can be seen; nothing where kernels do not
+/// overlap. Every thread calls it.
+__device__ inline void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/// Lets blocks of the next kernel start where this one leaves room, if that kernel overlaps. After
+/// wait_for_previous_kernel(): the next kernel may then take what was there before this one for complete.
+__device__ inline void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+}  // namespace device
+}  // namespace INTERSTATE_KERNELS
 
 /// Launches `kernel` on the executor's stream; `name` stands in the message of an error. A grid without
 /// blocks is no work.
@@ -25,7 +49,24 @@ Status launch(const cuda& exec, const char* name, void (*kernel)(Parameters...),
             cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shape.shared)),
                         name));
-    kernel<<<shape.grid, shape.block, shape.shared, exec.stream>>>(std::forward<Arguments>(arguments)...);
+    if (!shape.overlaps) {
+        kernel<<<shape.grid, shape.block, shape.shared, exec.stream>>>(std::forward<Arguments>(arguments)...);
+        return launch_status(name);
+    }
+    // Only code made for 9.0 or later waits; the driver may have chosen other code for this device.
+    cudaFuncAttributes attributes{};
+    INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaFuncGetAttributes(&attributes, kernel), name));
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared;
+    config.stream = exec.stream;
+    config.attrs = &overlap;
+    config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
+    INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name));
     return launch_status(name);
 }
 

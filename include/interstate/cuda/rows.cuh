@@ -45,8 +45,8 @@ struct Units {
 };
 
 /// Brings rows into a blocked matrix, row i to row i + shift, zeros elsewhere. Wide rows of T = E fly until
-/// wait_for_copies. By `threads` threads.
-template <int rows, int columns, int threads, class T, class E>
+/// wait_for_copies. `ones`: behind the last column comes one of ones. By `threads` threads.
+template <int rows, int columns, int threads, bool ones = false, class T, class E>
 __device__ void copy_in(E* to, const Rows<const T>& from, int shift, int thread) {
     constexpr int V = 16 / static_cast<int>(sizeof(T));
     if (from.wide) {
@@ -59,9 +59,12 @@ __device__ void copy_in(E* to, const Rows<const T>& from, int shift, int thread)
         for (int i = 0; i < (rows + U::row_step - 1) / U::row_step; ++i, source += step) {
             const int row = unit.row + i * U::row_step;
             if (rows % U::row_step != 0 && row >= rows) break;
-            const bool inside = there && row >= shift && row - shift < from.count;
+            const bool row_inside = row >= shift && row - shift < from.count, inside = there && row_inside;
             E* const place = to + (thread + i * threads) * V;
-            if constexpr (std::is_same_v<T, E>) {
+            if (ones && unit.column == from.width) {
+#pragma unroll
+                for (int e = 0; e < V; e += 2) put_pair(place + e, e == 0 && row_inside ? 1.0f : 0.0f, 0.0f);
+            } else if constexpr (std::is_same_v<T, E>) {
                 copy_async_16(place, source, inside);
             } else {
                 struct alignas(16) Wide {
@@ -77,7 +80,10 @@ __device__ void copy_in(E* to, const Rows<const T>& from, int shift, int thread)
         for (int e = thread; e < rows * columns; e += threads) {
             const int row = e / (8 * columns) * 8 + e / 8 % 8 - shift, column = e / 64 % (columns / 8) * 8 + e % 8;
             T x = T(0.0f);
-            if (row >= 0 && row < from.count && column < from.width) x = from.data[row * from.stride + column * from.column_stride];
+            if (row >= 0 && row < from.count) {
+                if (column < from.width) x = from.data[row * from.stride + column * from.column_stride];
+                if (ones && column == from.width) x = T(1.0f);
+            }
             to[e] = store_as<E>(load_as<float>(x));
         }
     }
@@ -133,6 +139,19 @@ __device__ void copy_matrix(E* to, const E* from, int thread) {
 #pragma unroll
     for (int i = 0; i < (units + threads - 1) / threads; ++i)
         if (units % threads == 0 || thread + i * threads < units) copy_async_16(to + i * threads * V, from + i * threads * V, true);
+}
+
+/// Starts a copy of columns first ... first + columns - 1 of a blocked matrix of `all` columns.
+template <int rows, int columns, int all, int threads, class E>
+__device__ void copy_columns(E* to, const E* from, int first, int thread) {
+    constexpr int V = 16 / static_cast<int>(sizeof(E)), of_eight_rows = 8 * columns / V, units = rows / 8 * of_eight_rows;
+    from += first * 8;
+#pragma unroll
+    for (int i = 0; i < (units + threads - 1) / threads; ++i) {
+        const int unit = thread + i * threads;
+        if (units % threads == 0 || unit < units)
+            copy_async_16(to + unit * V, from + unit / of_eight_rows * (8 * all) + unit % of_eight_rows * V, true);
+    }
 }
 
 /// Asks for a matrix before it is copied.
