@@ -4,6 +4,7 @@
 #include <interstate/cpu/fft.hpp>
 
 #include "support/cases.hpp"
+#include "support/isas.hpp"
 
 namespace interstate::test {
 namespace {
@@ -96,12 +97,11 @@ void check(Isa isa, Index m) {
 }
 
 TEST(Fft, ConvolutionsAndCorrelationsOfEverySize) {
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-        if (simd::machine_has(isa))
-            for (Index m = 1; m <= 1024; m *= 2) {
-                check<float>(isa, m);
-                check<double>(isa, m);
-            }
+    for (const Isa isa : isas())
+        for (Index m = 1; m <= 1024; m *= 2) {
+            check<float>(isa, m);
+            check<double>(isa, m);
+        }
 }
 
 TEST(Fft, RootsAreThoseOfTheTree) {

@@ -7,15 +7,12 @@
 
 #include <interstate/cpu/gemm.hpp>
 
+#include "support/isas.hpp"
+
 namespace interstate {
 namespace {
 
-std::vector<Isa> isas() {
-    std::vector<Isa> all;
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-        if (simd::machine_has(isa)) all.push_back(isa);
-    return all;
-}
+using test::isas;
 
 /// Small integers, so that sums are exact in any order.
 template <class A>

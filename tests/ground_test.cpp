@@ -1,4 +1,4 @@
-// The ground floor: dtypes, views, Status, workspaces, dispatch, DLPack, packed sequences, threads.
+// The ground floor: dtypes, views, Status, options, workspaces, dispatch, DLPack, packed sequences, threads.
 
 #include <gtest/gtest.h>
 
@@ -10,6 +10,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <interstate/complex.hpp>
@@ -19,6 +20,7 @@
 #include <interstate/dlpack.hpp>
 #include <interstate/dtype.hpp>
 #include <interstate/executor.hpp>
+#include <interstate/options.hpp>
 #include <interstate/sequences.hpp>
 #include <interstate/status.hpp>
 #include <interstate/view.hpp>
@@ -517,6 +519,21 @@ TEST(DLPack, NamesWhatDoesNotFit) {
 
 Status check_offsets(std::vector<std::int32_t> offsets, Index length) {
     return check_cu_seqlens(view(offsets.data(), {offsets.size()}), length);
+}
+
+TEST(OptionsAsText, AreAllOfANumberOrNone) {
+    double x = 0.0;
+    EXPECT_TRUE(parse_number("-2.5e3", x));
+    EXPECT_EQ(x, -2500.0);
+    using namespace std::string_view_literals;
+    for (const std::string_view text : {""sv, "x"sv, "1x"sv, "1 "sv, "1\0"sv, "nan"sv, "inf"sv, "1e999"sv})
+        EXPECT_FALSE(parse_number(text, x)) << text;
+    EXPECT_FALSE(parse_number(std::string(64, '1'), x));
+    bool on = false;
+    EXPECT_TRUE(parse_flag("true", on) && on);
+    EXPECT_TRUE(parse_flag("false", on) && !on);
+    EXPECT_FALSE(parse_flag("True", on));
+    EXPECT_TRUE(says(unknown_option("window", "x", "it takes none"), "option window=x: it takes none"));
 }
 
 TEST(Sequences, OffsetsMustGoUpAndStayInside) {

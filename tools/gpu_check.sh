@@ -20,7 +20,7 @@ peers=(s4d s4d_sweep interdomain)
 golden=(interdomain s4d)
 
 build() {
-    cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=${INTERSTATE_GPU_ARCHITECTURES:-90a}" -DINTERSTATE_BUILD_TOOLS=ON -DINTERSTATE_BUILD_EXAMPLES=OFF &&
+    cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON "-DINTERSTATE_CUDA_ARCHITECTURES=${INTERSTATE_GPU_ARCHITECTURES:-90a}" -DINTERSTATE_BUILD_TOOLS=ON -DINTERSTATE_BUILD_EXAMPLES=OFF &&
         ninja -C "$1" -t targets all | sed -n 's/^\(\(bench\/\)\{0,1\}[a-z0-9_]*_cuda_\(test\|bench\)\): CUDA_EXE.*/\1/p' |
             xargs ninja -C "$1" replay &&
         mkdir -p "$1/gpu" &&

@@ -2,27 +2,21 @@
 // same run, and errors against float64 on one batch row, as JSON lines.
 //
 // Forward moves x and y, backward x, dy and dx. The errors are those of a call on the first 256 tokens: every output and
-// gradient, relative in the 2-norm, of which the largest is printed.
+// gradient, relative in the 2-norm, and the largest of them.
 #include <cstring>
 
 #include <feature_map/feature_map.cuh>
 #include <feature_map/reference.hpp>
-#include <interstate/verify.cuh>
 
 #include "../support/cuda_bench.cuh"
 
 namespace {
 
 using namespace interstate;
+using bench::check;
 using bench::DeviceArray;
 using bench::RandomArray;
 using feature_map::Options;
-
-void check(const Status& s) {
-    if (s.ok()) return;
-    std::fprintf(stderr, "%s\n", s.message());
-    std::exit(1);
-}
 
 struct Sizes {
     Index B, L, H, R;
@@ -79,28 +73,15 @@ void run(const char* what, const Sizes& size, const Options& options, Index taps
     const Index few = std::min<Index>(L, 256);
     const auto small_in = layer.inputs(1, few);
     const auto small_up = layer.upstream(1, few);
-    auto small_out = layer.outputs(1, few);
-    auto small_grads = layer.gradients(1, few);
+    const auto small_out = layer.outputs(1, few);
+    const auto small_grads = layer.gradients(1, few);
     const std::size_t small_bytes = workspace_size(exec, options, shape_of(small_in), pass::backward);
     const DeviceArray<char> small_memory(small_bytes);
     check(forward(exec, options, small_in, small_out, Saved{}, Workspace{}));
     check(backward(exec, options, small_in, small_out, Saved{}, small_up, small_grads, Workspace{small_memory.data(), small_bytes}));
-    Case slice, truth, got;
-    check(collect_case(exec, small_in, &small_up, slice));
-    check(run_case<feature_map::Operator, double, double>(reference{}, options, slice, truth));
-    interstate::detail::Collect<interstate::cuda> outputs{exec, "out.", got, {}}, gradients{exec, "grad.", got, {}};
-    visit(small_out, shape_of(small_in), outputs);
-    visit(small_grads, shape_of(small_in), gradients);
-    check(outputs.status);
-    check(gradients.status);
+    Case truth = bench::truth_of<feature_map::Operator>(options, small_in, small_up);
     truth.tensors.erase("out.convT");
-    double error = 0.0;
-    const char* error_of = "";
-    const auto errors = compare(got, truth);
-    for (const TensorError& e : errors) {
-        if (!e.finite) check(Status::error(StatusCode::device_error, "%s is not finite", e.name.c_str()));
-        if (e.relative >= error) error = e.relative, error_of = e.name.c_str();
-    }
+    const bench::Errors errors(bench::results_of(small_in, small_out, small_grads), truth);
 
     const double forward_ms =
         bench::milliseconds([&] { check(forward(exec, options, in, layer.outputs(B, L), Saved{}, Workspace{})); });
@@ -111,27 +92,21 @@ void run(const char* what, const Sizes& size, const Options& options, Index taps
     const auto gbps = [&](double tensors, double ms) { return tensors * tensor / ms * 1e-6; };
     std::printf("{\"op\":\"feature_map\",\"kernel\":\"%s\",\"what\":\"%s\",\"rope\":\"%s\",\"dtype\":\"%s\",\"B\":%lld,\"L\":%lld,"
                 "\"H\":%lld,\"R\":%lld,\"taps\":%lld,\"forward_ms\":%.4f,\"forward_GBps\":%.0f,\"forward_of_copy\":%.3f,"
-                "\"backward_ms\":%.4f,\"backward_GBps\":%.0f,\"backward_of_copy\":%.3f,\"error\":%.2e,\"error_of\":\"%s\"}\n",
+                "\"backward_ms\":%.4f,\"backward_GBps\":%.0f,\"backward_of_copy\":%.3f,",
                 which_kernel(exec, options, shape).name, what, to_string(options.rope), to_string(dtype_of<T>),
                 static_cast<long long>(B), static_cast<long long>(L), static_cast<long long>(H), static_cast<long long>(R),
                 static_cast<long long>(taps), forward_ms, gbps(2, forward_ms), gbps(2, forward_ms) / copy_gbps, backward_ms,
-                gbps(3, backward_ms), gbps(3, backward_ms) / copy_gbps, error, error_of);
-    std::fflush(stdout);
+                gbps(3, backward_ms), gbps(3, backward_ms) / copy_gbps);
+    errors.print();
 }
 
 }  // namespace
 
 /// `cuda_bench brief` leaves the sweeps out.
 int main(int argc, char** argv) {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-        std::printf("skipped: no device\n");
-        return 77;
-    }
-    cudaDeviceProp device;
-    bench::check(cudaGetDeviceProperties(&device, 0), "device");
+    if (!bench::has_device()) return bench::skipped;
     const double copy = bench::copy_gbps();
-    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f}\n", device.name, copy);
+    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f}\n", bench::device_name(), copy);
     Options split = Options::key();
     split.rope = feature_map::Rope::half_split;
     const Sizes layer{4, 8192, 32, 64};

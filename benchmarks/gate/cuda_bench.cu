@@ -1,22 +1,16 @@
 // The output gate on the GPU: milliseconds and GB/s of both directions, each tensor counted once, beside the copy of the
-// same run, and the largest error against float64 on the first 256 tokens, as JSON lines.
+// same run, and errors against float64 on the first 256 tokens, as JSON lines.
 #include <gate/gate.cuh>
 #include <gate/reference.hpp>
-#include <interstate/verify.cuh>
 
 #include "../support/cuda_bench.cuh"
 
 namespace {
 
 using namespace interstate;
+using bench::check;
 using bench::DeviceArray;
 using bench::RandomArray;
-
-void check(const Status& s) {
-    if (s.ok()) return;
-    std::fprintf(stderr, "%s\n", s.message());
-    std::exit(1);
-}
 
 template <class T>
 void run(Index L, Index H, Index d, double copy_gbps) {
@@ -36,46 +30,26 @@ void run(Index L, Index H, Index d, double copy_gbps) {
     };
     forwards();
     backwards();
-    Case slice, truth, got;
-    const auto small = inputs(few);
-    const auto small_up = upstream(few);
-    check(collect_case(exec, small, &small_up, slice));
-    check(run_case<gate::Operator, double, double>(reference{}, {}, slice, truth));
-    gate::Outputs<T> out{rows(y.data(), few)};
-    gate::Grads<T> grads{rows(grad_o.data(), few), rows(grad_g.data(), few)};
-    interstate::detail::Collect<interstate::cuda> outputs{exec, "out.", got, {}}, gradients{exec, "grad.", got, {}};
-    visit(out, shape_of(small), outputs);
-    visit(grads, shape_of(small), gradients);
-    check(outputs.status);
-    check(gradients.status);
-    double error = 0.0;
-    for (const TensorError& e : compare(got, truth)) {
-        if (!e.finite) check(Status::error(StatusCode::device_error, "%s is not finite", e.name.c_str()));
-        error = std::max(error, e.relative);
-    }
+    const Case got = bench::results_of(inputs(few), gate::Outputs<T>{rows(y.data(), few)},
+                                       gate::Grads<T>{rows(grad_o.data(), few), rows(grad_g.data(), few)});
+    const bench::Errors errors(got, bench::truth_of<gate::Operator>({}, inputs(few), upstream(few)));
     const double forward_ms = bench::milliseconds(forwards), backward_ms = bench::milliseconds(backwards);
     const auto gbps = [&](double tensors, double ms) { return tensors * static_cast<double>(count * Index{sizeof(T)}) / ms * 1e-6; };
     std::printf("{\"op\":\"gate\",\"kernel\":\"%s\",\"dtype\":\"%s\",\"L\":%lld,\"H\":%lld,\"d\":%lld,\"forward_ms\":%.4f,"
                 "\"forward_GBps\":%.0f,\"forward_of_copy\":%.3f,\"backward_ms\":%.4f,\"backward_GBps\":%.0f,"
-                "\"backward_of_copy\":%.3f,\"error\":%.2e}\n",
+                "\"backward_of_copy\":%.3f,",
                 which_kernel(exec, {}, shape_of(inputs(L))).name, to_string(dtype_of<T>), static_cast<long long>(L),
                 static_cast<long long>(H), static_cast<long long>(d), forward_ms, gbps(3, forward_ms), gbps(3, forward_ms) / copy_gbps,
-                backward_ms, gbps(5, backward_ms), gbps(5, backward_ms) / copy_gbps, error);
-    std::fflush(stdout);
+                backward_ms, gbps(5, backward_ms), gbps(5, backward_ms) / copy_gbps);
+    errors.print();
 }
 
 }  // namespace
 
 int main() {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-        std::printf("skipped: no device\n");
-        return 77;
-    }
-    cudaDeviceProp device;
-    bench::check(cudaGetDeviceProperties(&device, 0), "device");
+    if (!bench::has_device()) return bench::skipped;
     const double copy = bench::copy_gbps();
-    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f}\n", device.name, copy);
+    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f}\n", bench::device_name(), copy);
     run<bf16>(32768, 32, 64, copy);
     run<f16>(32768, 32, 64, copy);
     run<f32>(32768, 32, 64, copy);

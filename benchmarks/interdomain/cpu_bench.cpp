@@ -19,6 +19,7 @@ namespace {
 
 using namespace interstate;
 using bench::check;
+using bench::widen;
 using interdomain::Method;
 
 /// Parameters in P, or their gradients.
@@ -93,14 +94,6 @@ struct Problem {
         std::vector<double> q64 = widened(q), k64 = widened(k), v64 = widened(v), dO64 = widened(dO), o64(size()),
                             dq64(size()), dk64(size()), dv64(size());
         Parameters<double> p(H, M), g(H, M);
-        const auto widen = [](const auto& from, auto& to) {
-            for (std::size_t i = 0; i < from.size(); ++i) {
-                if constexpr (requires { from[i].re; })
-                    to[i] = cast<double>(from[i]);
-                else
-                    to[i] = from[i];
-            }
-        };
         widen(params.log_dt, p.log_dt), widen(params.log_neg_re, p.log_neg_re), widen(params.im, p.im);
         widen(params.B, p.B), widen(params.C, p.C);
         const interdomain::Inputs<double> in{.q = tokens<const double>(q64, 1), .k = tokens<const double>(k64, 1),

@@ -171,16 +171,11 @@ bool has_kernel(const Options& options, const interdomain::Shape& shape) {
 template <class T>
 void measure(const Layer<T>& layer, Method method, const Case& truth, const Ceilings& ceilings) {
     const Sizes& s = layer.size;
-    const interstate::cuda where;
     Case got;
     {
-        Call<T> slice(layer, layer.slice(), method, true);
+        const Call<T> slice(layer, layer.slice(), method, true);
         slice.both();
-        interstate::detail::Collect<interstate::cuda> outputs{where, "out.", got, {}}, gradients{where, "grad.", got, {}};
-        visit(slice.out, shape_of(slice.in), outputs);
-        visit(slice.grads, shape_of(slice.in), gradients);
-        check(outputs.status);
-        check(gradients.status);
+        got = bench::results_of(slice.in, slice.out, slice.grads);
     }
     const bench::Errors errors(got, truth);
 
@@ -198,7 +193,7 @@ void measure(const Layer<T>& layer, Method method, const Case& truth, const Ceil
                 "\"d\":%lld,\"forward_ms\":%.4f,\"both_ms\":%.4f,\"floor_bytes_ms\":%.4f,\"floor_products_ms\":%.4f,"
                 "\"both_floor_bytes_ms\":%.4f,\"both_floor_products_ms\":%.4f,\"forward_TFLOPs\":%.1f,\"both_TFLOPs\":%.1f,"
                 "\"memory_ratio\":%.3f,",
-                which_kernel(where, call.options, shape_of(call.in)).name, to_string(dtype_of<T>), static_cast<long long>(s.B),
+                which_kernel(interstate::cuda{}, call.options, shape_of(call.in)).name, to_string(dtype_of<T>), static_cast<long long>(s.B),
                 static_cast<long long>(s.L), static_cast<long long>(s.H), static_cast<long long>(s.M), static_cast<long long>(s.R),
                 static_cast<long long>(s.d), forward_ms, both_ms, bytes_ms(2.0 * R + 2.0 * d), product_ms(macs.forward),
                 bytes_ms(6.0 * R + 5.0 * d), product_ms(macs.both), 2.0 * macs.forward * rows / forward_ms * 1e-9,
@@ -210,15 +205,11 @@ void measure(const Layer<T>& layer, Method method, const Case& truth, const Ceil
 template <class T>
 void run(const Sizes& size, std::initializer_list<Method> methods, const Ceilings& ceilings) {
     const Layer<T> layer(size);
-    const auto in = layer.inputs(layer.slice(), true);
-    const auto upstream = layer.upstream(layer.slice(), true);
-    Case slice, truth;
+    Case truth;
     for (const Method method : methods) {
         if (!has_kernel({.method = method}, shape_of(layer.inputs(size, false)))) continue;
-        if (truth.tensors.empty()) {
-            check(collect_case(interstate::cuda{}, in, &upstream, slice));
-            check(run_case<Operator, double, double>(reference{}, {}, slice, truth));
-        }
+        if (truth.tensors.empty())
+            truth = bench::truth_of<Operator>({}, layer.inputs(layer.slice(), true), layer.upstream(layer.slice(), true));
         measure(layer, method, truth, ceilings);
     }
 }
@@ -302,11 +293,7 @@ void decode(Index B, const Sizes& size, const Ceilings& ceilings) {
 
 /// `cuda_bench brief` leaves the sweeps out.
 int main(int argc, char** argv) {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-        std::printf("skipped: no device\n");
-        return 77;
-    }
+    if (!bench::has_device()) return bench::skipped;
     const Ceilings c = bench::measure_ceilings();
     const auto fast = {Method::chunked};
     run<bf16>({4, 4096, 32}, fast, c);

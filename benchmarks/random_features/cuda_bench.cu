@@ -1,7 +1,6 @@
 // Random Fourier features on the GPU: milliseconds of both directions, TFLOP/s of their products (2 dh F a head and token
 // forward; three times that backward, of which one is done again) beside the FMA peak of the same run, GB/s beside its
-// copy, and the largest error against float64 on the first 128 tokens, as JSON lines.
-#include <interstate/verify.cuh>
+// copy, and errors against float64 on the first 128 tokens, as JSON lines.
 #include <random_features/random_features.cuh>
 #include <random_features/reference.hpp>
 
@@ -10,14 +9,9 @@
 namespace {
 
 using namespace interstate;
+using bench::check;
 using bench::DeviceArray;
 using bench::RandomArray;
-
-void check(const Status& s) {
-    if (s.ok()) return;
-    std::fprintf(stderr, "%s\n", s.message());
-    std::exit(1);
-}
 
 template <class T>
 void run(Index L, Index H, Index dh, Index F, double copy_gbps, double fma_tflops) {
@@ -48,49 +42,28 @@ void run(Index L, Index H, Index dh, Index F, double copy_gbps, double fma_tflop
     const Index few = std::min<Index>(L, 128);
     forwards(few);
     backwards(few);
-    Case slice, truth, got;
-    const auto small = inputs(few);
-    const auto small_up = upstream(few);
-    check(collect_case(exec, small, &small_up, slice));
-    check(run_case<random_features::Operator, double, double>(reference{}, {}, slice, truth));
-    auto out = outputs(few);
-    auto grads = gradients(few);
-    interstate::detail::Collect<interstate::cuda> of_outputs{exec, "out.", got, {}}, of_gradients{exec, "grad.", got, {}};
-    visit(out, shape_of(small), of_outputs);
-    visit(grads, shape_of(small), of_gradients);
-    check(of_outputs.status);
-    check(of_gradients.status);
-    double error = 0.0;
-    for (const TensorError& e : compare(got, truth)) {
-        if (!e.finite) check(Status::error(StatusCode::device_error, "%s is not finite", e.name.c_str()));
-        error = std::max(error, e.relative);
-    }
+    const bench::Errors errors(bench::results_of(inputs(few), outputs(few), gradients(few)),
+                               bench::truth_of<random_features::Operator>(options, inputs(few), upstream(few)));
     const double forward_ms = bench::milliseconds([&] { forwards(L); }), backward_ms = bench::milliseconds([&] { backwards(L); });
     const double tokens = static_cast<double>(L * H), product = 2.0 * tokens * static_cast<double>(dh * F);
     const double forward_bytes = tokens * static_cast<double>(dh + 2 * F) * sizeof(T), backward_bytes = tokens * static_cast<double>(2 * dh + 2 * F) * sizeof(T);
     std::printf("{\"op\":\"random_features\",\"kernel\":\"%s\",\"dtype\":\"%s\",\"L\":%lld,\"H\":%lld,\"dh\":%lld,\"F\":%lld,"
                 "\"forward_ms\":%.4f,\"forward_TFLOPs\":%.2f,\"forward_of_fma\":%.3f,\"forward_of_copy\":%.3f,\"backward_ms\":%.4f,"
-                "\"backward_TFLOPs\":%.2f,\"backward_of_fma\":%.3f,\"backward_of_copy\":%.3f,\"error\":%.2e}\n",
-                which_kernel(exec, options, shape_of(small)).name, to_string(dtype_of<T>), static_cast<long long>(L),
+                "\"backward_TFLOPs\":%.2f,\"backward_of_fma\":%.3f,\"backward_of_copy\":%.3f,",
+                which_kernel(exec, options, shape_of(inputs(L))).name, to_string(dtype_of<T>), static_cast<long long>(L),
                 static_cast<long long>(H), static_cast<long long>(dh), static_cast<long long>(F), forward_ms,
                 product / forward_ms * 1e-9, product / forward_ms * 1e-9 / fma_tflops, forward_bytes / forward_ms * 1e-6 / copy_gbps,
                 backward_ms, 3.0 * product / backward_ms * 1e-9, 3.0 * product / backward_ms * 1e-9 / fma_tflops,
-                backward_bytes / backward_ms * 1e-6 / copy_gbps, error);
-    std::fflush(stdout);
+                backward_bytes / backward_ms * 1e-6 / copy_gbps);
+    errors.print();
 }
 
 }  // namespace
 
 int main() {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-        std::printf("skipped: no device\n");
-        return 77;
-    }
-    cudaDeviceProp device;
-    bench::check(cudaGetDeviceProperties(&device, 0), "device");
+    if (!bench::has_device()) return bench::skipped;
     const double copy = bench::copy_gbps(), fma = bench::peak_tflops<bench::FloatFma>();
-    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f}\n", device.name, copy, fma);
+    std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f}\n", bench::device_name(), copy, fma);
     run<bf16>(16384, 32, 64, 32, copy, fma);
     run<f32>(16384, 32, 64, 32, copy, fma);
     run<bf16>(16384, 32, 64, 128, copy, fma);

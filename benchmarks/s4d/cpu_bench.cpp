@@ -28,6 +28,7 @@ namespace {
 
 using namespace interstate;
 using bench::check;
+using bench::widen;
 using s4d::Method;
 
 /// Parameters in P, or their gradients.
@@ -129,14 +130,6 @@ struct Problem {
             du64(u.size());
         const bool bidirectional = !params.C_reverse.empty();
         Parameters<double> p(H, N, bidirectional), g(H, N, bidirectional);
-        const auto widen = [](const auto& from, auto& to) {
-            for (std::size_t i = 0; i < from.size(); ++i) {
-                if constexpr (requires { from[i].re; })
-                    to[i] = cast<double>(from[i]);
-                else
-                    to[i] = from[i];
-            }
-        };
         widen(params.log_dt, p.log_dt), widen(params.log_neg_re, p.log_neg_re), widen(params.im, p.im);
         widen(params.B, p.B), widen(params.C, p.C), widen(params.D, p.D);
         widen(params.C_reverse, p.C_reverse);

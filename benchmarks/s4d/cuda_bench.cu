@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstring>
 
-#include <interstate/verify.cuh>
 #include <s4d/reference.hpp>
 #include <s4d/s4d.cuh>
 #if INTERSTATE_BENCH_CUFFT
@@ -131,17 +130,8 @@ void measure(const Layer<T>& layer, const Exec& exec, Method method, const Case&
     };
 
     both();
-    const interstate::cuda where;
-    Case got;
     const Index few = truth.tensors.at("out.y").extent[2];
-    auto few_out = layer.outputs(few);
-    auto few_grads = layer.gradients(few);
-    interstate::detail::Collect<interstate::cuda> outputs{where, "out.", got, {}}, gradients{where, "grad.", got, {}};
-    visit(few_out, shape, outputs);
-    visit(few_grads, shape, gradients);
-    check(outputs.status);
-    check(gradients.status);
-    const bench::Errors errors(got, truth);
+    const bench::Errors errors(bench::results_of(layer.inputs(few), layer.outputs(few), layer.gradients(few)), truth);
 
     in.x0 = {};
     out.xT = {};
@@ -183,10 +173,7 @@ template <class T>
 void run(const Sizes& size, std::initializer_list<Method> methods, const Ceilings& ceilings) {
     const Layer<T> layer(size);
     const Index few = std::min<Index>(size.H, 2);
-    const auto upstream = layer.upstream(few);
-    Case slice, truth;
-    check(collect_case(interstate::cuda{}, layer.inputs(few), &upstream, slice));
-    check(run_case<s4d::Operator, double, double>(reference{}, {}, slice, truth));
+    const Case truth = bench::truth_of<s4d::Operator>({}, layer.inputs(few), layer.upstream(few));
     for (const Method method : methods) {
         if (method != Method::fft) measure(layer, interstate::cuda{}, method, truth, 0, ceilings);
 #if INTERSTATE_BENCH_CUFFT
@@ -199,11 +186,7 @@ void run(const Sizes& size, std::initializer_list<Method> methods, const Ceiling
 
 /// `cuda_bench brief` leaves the sweeps out.
 int main(int argc, char** argv) {
-    int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-        std::printf("skipped: no device\n");
-        return 77;
-    }
+    if (!bench::has_device()) return bench::skipped;
     const Ceilings c = bench::measure_ceilings();
     run<f32>({8, 16384, 512, 32}, {Method::chunked, Method::scan, Method::fft}, c);
     run<bf16>({8, 16384, 512, 32}, {Method::chunked}, c);

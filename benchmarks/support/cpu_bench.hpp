@@ -20,6 +20,17 @@ inline void check(const Status& s) {
     if (!s.ok()) throw std::runtime_error(s.message());
 }
 
+/// Numbers, real or complex, as float64.
+template <class From, class To>
+void widen(const std::vector<From>& from, std::vector<To>& to) {
+    for (std::size_t i = 0; i < from.size(); ++i) {
+        if constexpr (requires { from[i].re; })
+            to[i] = cast<double>(from[i]);
+        else
+            to[i] = from[i];
+    }
+}
+
 /// 16 independent chains of FMAs, in registers.
 template <class A>
 struct FmaChains {

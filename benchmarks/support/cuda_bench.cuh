@@ -1,4 +1,4 @@
-// Timing on the device: medians of CUDA events, the copy ceiling of the same run, random tensors, JSON lines out.
+// Timing on the device: medians of CUDA events, the copy ceiling of the same run, random tensors, errors, JSON lines out.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 #include <interstate/cuda/mma.cuh>
 #include <interstate/dispatch.hpp>
-#include <interstate/verify.hpp>
+#include <interstate/verify.cuh>
 
 namespace interstate::bench {
 
@@ -25,6 +25,15 @@ inline void check(const Status& s) {
     if (s.ok()) return;
     std::fprintf(stderr, "%s\n", s.message());
     std::exit(1);
+}
+
+/// Whether there is a device; says so where there is none, for main to return `skipped`.
+inline constexpr int skipped = 77;
+inline bool has_device() {
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0) return true;
+    std::printf("skipped: no device\n");
+    return false;
 }
 
 /// Device memory that lives as long as the program needs it.
@@ -71,6 +80,28 @@ class RandomArray : public DeviceArray<T> {
         check(cudaGetLastError(), "fill_kernel");
     }
 };
+
+/// Results of the float64 reference for the inputs of a call on the device.
+template <class Op, class Inputs, class Upstream>
+Case truth_of(const typename Op::Options& options, const Inputs& in, const Upstream& upstream) {
+    Case inputs, truth;
+    check(collect_case(cuda{}, in, &upstream, inputs));
+    check(run_case<Op, double, double>(reference{}, options, inputs, truth));
+    return truth;
+}
+
+/// What a call on the device has left.
+template <class Inputs, class Outputs, class Grads>
+Case results_of(const Inputs& in, Outputs out, Grads grads) {
+    Case results;
+    const cuda where;
+    interstate::detail::Collect<cuda> outputs{where, "out.", results, {}}, gradients{where, "grad.", results, {}};
+    visit(out, shape_of(in), outputs);
+    visit(grads, shape_of(in), gradients);
+    check(outputs.status);
+    check(gradients.status);
+    return results;
+}
 
 /// Errors of a call against the truth, and the largest; stops where one is not finite.
 struct Errors {
@@ -191,6 +222,13 @@ double peak_tflops() {
     return Operation::flops * blocks * threads * static_cast<double>(iterations) * chains / ms * 1e-9;
 }
 
+/// The name of the device, for the first line of a benchmark.
+inline const char* device_name() {
+    static cudaDeviceProp device;
+    check(cudaGetDeviceProperties(&device, 0), "device");
+    return device.name;
+}
+
 /// What this run's device can do at most, printed as the first line.
 struct Ceilings {
     double copy_gbps, tf32_tflops, bf16_tflops, f64_tflops;
@@ -202,12 +240,10 @@ struct Ceilings {
     }
 };
 inline Ceilings measure_ceilings() {
-    cudaDeviceProp device;
-    check(cudaGetDeviceProperties(&device, 0), "device");
     const Ceilings c{copy_gbps(), peak_tflops<Tf32Mma>(), peak_tflops<Bf16Mma>(), peak_tflops<DoubleMma>()};
     std::printf("{\"device\":\"%s\",\"copy_GBps\":%.0f,\"ffma_TFLOPs\":%.1f,\"mma_tf32_TFLOPs\":%.1f,"
                 "\"mma_bf16_TFLOPs\":%.1f,\"mma_f64_TFLOPs\":%.1f}\n",
-                device.name, c.copy_gbps, peak_tflops<FloatFma>(), c.tf32_tflops, c.bf16_tflops, c.f64_tflops);
+                device_name(), c.copy_gbps, peak_tflops<FloatFma>(), c.tf32_tflops, c.bf16_tflops, c.f64_tflops);
     return c;
 }
 

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <string_view>
 
 #include <interstate/executor.hpp>
+#include <interstate/options.hpp>
 #include <interstate/sequences.hpp>
 #include <interstate/view.hpp>
 #include <interstate/workspace.hpp>
@@ -33,28 +33,19 @@ inline double scale_of(const Options& options, Index dh) {
 
 /// Sets one option from its text, as the golden cases and tools/replay write it.
 inline Status set_option(Options& options, std::string_view name, std::string_view value) {
-    const auto number = [&](double& out) {
-        char text[64] = {};
-        if (value.empty() || value.size() >= sizeof text) return false;
-        value.copy(text, value.size());
-        char* end = nullptr;
-        out = std::strtod(text, &end);
-        return *end == '\0' && std::isfinite(out);
-    };
     double x = 0.0;
-    if (name == "causal" && value == "true") return options.causal = true, Status{};
-    if (name == "causal" && value == "false") return options.causal = false, Status{};
+    bool on = false;
+    if (name == "causal" && parse_flag(value, on)) return options.causal = on, Status{};
     if (name == "window" && value == "none") return options.window = 0, Status{};
-    if (name == "window" && number(x) && x >= 1 && x < 9e15 && x == std::floor(x))
+    if (name == "window" && parse_number(value, x) && x >= 1 && x < 9e15 && x == std::floor(x))
         return options.window = static_cast<Index>(x), Status{};
-    if (name == "scale" && number(x)) return options.scale = x, Status{};
+    if (name == "scale" && parse_number(value, x)) return options.scale = x, Status{};
     if (name == "score" && value == "softmax") return options.score = Score::softmax, Status{};
     if (name == "score" && value == "sigmoid") return options.score = Score::sigmoid, Status{};
-    if (name == "bias" && number(x)) return options.bias = x, Status{};
-    return Status::error(StatusCode::invalid_argument,
-                         "option %.*s=%.*s: attention takes causal=true|false, window=none|N, scale=X, "
-                         "score=softmax|sigmoid, bias=X",
-                         static_cast<int>(name.size()), name.data(), static_cast<int>(value.size()), value.data());
+    if (name == "bias" && parse_number(value, x)) return options.bias = x, Status{};
+    return unknown_option(name, value,
+                          "attention takes causal=true|false, window=none|N, scale=X, "
+                          "score=softmax|sigmoid, bias=X");
 }
 
 /// Sizes of one call. `sequences` counts packed sequences; -1 means a dense batch.

@@ -226,14 +226,7 @@ Status step(reference exec, const Options& options, const Params&, const State<T
         }
 
     // The token as a sequence of one query, whose place is that of the last key.
-    Inputs<T> in{.k = state.k, .v = state.v, .bias = token.bias};
-    in.q.data = token.q.data;
-    const Index extent[4] = {s.batch, 1, s.query_heads, s.head_dim};
-    const Index stride[4] = {token.q.stride[0], 0, token.q.stride[1], token.q.stride[2]};
-    for (int a = 0; a < 4; ++a) {
-        in.q.extent[a] = extent[a];
-        in.q.stride[a] = stride[a];
-    }
+    const Inputs<T> in{.q = as_sequences(token.q), .k = state.k, .v = state.v, .bias = token.bias};
     const RowRange read = keys_read(options, length, length + 1);  // eq. 5
     for (Index b = 0; b < s.batch; ++b)
         for (Index h = 0; h < s.query_heads; ++h) {

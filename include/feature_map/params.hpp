@@ -3,10 +3,10 @@
 #pragma once
 
 #include <cmath>
-#include <cstdlib>
 #include <string_view>
 
 #include <interstate/executor.hpp>
+#include <interstate/options.hpp>
 #include <interstate/sequences.hpp>
 #include <interstate/view.hpp>
 #include <interstate/workspace.hpp>
@@ -56,34 +56,20 @@ struct Options {
 
 /// Sets one option from its text, as tools/replay writes it.
 inline Status set_option(Options& options, std::string_view name, std::string_view value) {
-    const auto number = [&](double& out) {
-        char text[64] = {};
-        if (value.empty() || value.size() >= sizeof text) return false;
-        value.copy(text, value.size());
-        char* end = nullptr;
-        out = std::strtod(text, &end);
-        return *end == '\0' && std::isfinite(out);
-    };
-    const auto flag = [&](bool& out) {
-        if (value != "true" && value != "false") return false;
-        out = value == "true";
-        return true;
-    };
     double x = 0.0;
     bool on = false;
     if (name == "rope")
         for (const Rope rope : {Rope::none, Rope::interleaved, Rope::half_split})
             if (value == to_string(rope)) return options.rope = rope, Status{};
-    if (name == "base" && number(x)) return options.base = x, Status{};
+    if (name == "base" && parse_number(value, x)) return options.base = x, Status{};
     if (name == "activation" && value == "silu") return options.activation = Activation::silu, Status{};
     if (name == "activation" && value == "none") return options.activation = Activation::none, Status{};
-    if (name == "l2" && flag(on)) return options.l2 = on, Status{};
-    if (name == "rms" && flag(on)) return options.rms = on, Status{};
-    if (name == "eps" && number(x)) return options.eps = x, Status{};
-    return Status::error(StatusCode::invalid_argument,
-                         "option %.*s=%.*s: feature_map takes rope=none|interleaved|half_split, base=X, "
-                         "activation=none|silu, l2=true|false, rms=true|false, eps=X",
-                         static_cast<int>(name.size()), name.data(), static_cast<int>(value.size()), value.data());
+    if (name == "l2" && parse_flag(value, on)) return options.l2 = on, Status{};
+    if (name == "rms" && parse_flag(value, on)) return options.rms = on, Status{};
+    if (name == "eps" && parse_number(value, x)) return options.eps = x, Status{};
+    return unknown_option(name, value,
+                          "feature_map takes rope=none|interleaved|half_split, base=X, "
+                          "activation=none|silu, l2=true|false, rms=true|false, eps=X");
 }
 
 /// The two norms are one (eq. 8): every head of a token times 1 / sqrt(slope sum_r s[r]^2 + offset).
@@ -295,17 +281,14 @@ Status validate(const Options& options, const Inputs<T, P>& in, const Upstream<T
 /// A decoding step as a call of `forward` with sequences of one token, whose convT is its conv0.
 template <class T, class P>
 Inputs<T, P> step_inputs(const Options& options, const Params<P>& params, const State<T>& state, const Token<T>& token) {
-    const auto& x = token.x;
-    return {.x = {x.data, {x.extent[0], 1, x.extent[1], x.extent[2]}, {x.stride[0], 0, x.stride[1], x.stride[2]}},
+    return {.x = as_sequences(token.x),
             .params = params,
             .conv0 = state.conv,
             .offset = options.rope == Rope::none ? View<const std::int32_t, 1>{} : token.position};
 }
 template <class T>
 Outputs<T> step_outputs(const State<T>& state, const TokenOut<T>& out) {
-    const auto& y = out.y;
-    return {.y = {y.data, {y.extent[0], 1, y.extent[1], y.extent[2]}, {y.stride[0], 0, y.stride[1], y.stride[2]}},
-            .convT = state.conv};
+    return {.y = as_sequences(out.y), .convT = state.conv};
 }
 template <class T, class P>
 Status validate(const Options& options, const Params<P>& params, const State<T>& state, const Token<T>& token,

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include <interstate/executor.hpp>
+#include <interstate/options.hpp>
 #include <interstate/sequences.hpp>
 #include <interstate/view.hpp>
 #include <interstate/workspace.hpp>
@@ -15,8 +16,7 @@ struct Options {};
 
 /// Sets one option from its text, as tools/replay writes it: there is none.
 inline Status set_option(Options&, std::string_view name, std::string_view value) {
-    return Status::error(StatusCode::invalid_argument, "option %.*s=%.*s: gate takes no options",
-                         static_cast<int>(name.size()), name.data(), static_cast<int>(value.size()), value.data());
+    return unknown_option(name, value, "gate takes no options");
 }
 
 /// Sizes of one call. `sequences` counts packed sequences; -1 means a dense batch.
@@ -138,11 +138,6 @@ Status validate(const Inputs<T>& in, const Upstream<T>& upstream, const Grads<T>
     return check_tensors(grads, shape_of(in));
 }
 
-/// (B, H, d) as sequences of one token.
-template <class T>
-View<T, 4> as_sequences(const View<T, 3>& x) {
-    return {x.data, {x.extent[0], 1, x.extent[1], x.extent[2]}, {x.stride[0], 0, x.stride[1], x.stride[2]}};
-}
 template <class T>
 Status validate(const Token<T>& token, const TokenOut<T>& out) {
     return validate(Inputs<T>{.o = as_sequences(token.o), .g = as_sequences(token.g)}, Outputs<T>{as_sequences(out.y)});

@@ -56,10 +56,9 @@ inline Status set_option(Options& options, std::string_view name, std::string_vi
         for (const Method method :
              {Method::automatic, Method::chunked, Method::scan, Method::parallel_scan, Method::fft})
             if (value == to_string(method)) return options.method = method, Status{};
-    return Status::error(StatusCode::invalid_argument,
-                         "option %.*s=%.*s: interdomain takes disc=zoh|raw, readout=complex_product|real_parts, "
-                         "normalizer=none|nadaraya_watson, method=automatic|chunked|scan|parallel_scan|fft",
-                         static_cast<int>(name.size()), name.data(), static_cast<int>(value.size()), value.data());
+    return unknown_option(name, value,
+                          "interdomain takes disc=zoh|raw, readout=complex_product|real_parts, "
+                          "normalizer=none|nadaraya_watson, method=automatic|chunked|scan|parallel_scan|fft");
 }
 
 /// Sizes of one call. `sequences` counts packed sequences; -1 means a dense batch.

@@ -6,6 +6,7 @@
 #include <interstate/dispatch.hpp>
 #include <interstate/dlpack.hpp>
 #include <interstate/executor.hpp>
+#include <interstate/options.hpp>
 #include <interstate/sequences.hpp>
 #include <interstate/verify.hpp>
 #include <interstate/view.hpp>

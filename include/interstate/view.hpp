@@ -87,6 +87,12 @@ constexpr View<T, static_cast<int>(Rank)> view(T* data, const I (&extent)[Rank])
     return view(data, converted);
 }
 
+/// A step's (B, H, d) as sequences of one token.
+template <class T>
+constexpr View<T, 4> as_sequences(const View<T, 3>& x) {
+    return {x.data, {x.extent[0], 1, x.extent[1], x.extent[2]}, {x.stride[0], 0, x.stride[1], x.stride[2]}};
+}
+
 enum class Need : std::uint8_t { required, optional };
 
 /// Checks one named argument against the extents it must have. A writable view may not have stride 0;

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include <interstate/executor.hpp>
+#include <interstate/options.hpp>
 #include <interstate/sequences.hpp>
 #include <interstate/view.hpp>
 #include <interstate/workspace.hpp>
@@ -41,9 +42,7 @@ inline Status set_option(Options& options, std::string_view name, std::string_vi
     if (name == "method")
         for (const Method method : {Method::automatic, Method::fft, Method::scan, Method::chunked})
             if (value == to_string(method)) return options.method = method, Status{};
-    return Status::error(StatusCode::invalid_argument,
-                         "option %.*s=%.*s: s4d takes disc=zoh|bilinear, method=automatic|fft|scan|chunked",
-                         static_cast<int>(name.size()), name.data(), static_cast<int>(value.size()), value.data());
+    return unknown_option(name, value, "s4d takes disc=zoh|bilinear, method=automatic|fft|scan|chunked");
 }
 
 /// Sizes of one call. `sequences` counts packed sequences; -1 means a dense batch.

@@ -2,6 +2,7 @@
 // lengths around the tiles, strides, packed sequences, and the same bits for any number of threads.
 #include <algorithm>
 
+#include "../support/isas.hpp"
 #include "case.hpp"
 
 namespace {
@@ -9,13 +10,6 @@ namespace {
 using namespace attention_test;
 using attention::Options;
 using attention::Score;
-
-std::vector<Isa> machine_isas() {
-    std::vector<Isa> list;
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-        if (simd::machine_has(isa)) list.push_back(isa);
-    return list;
-}
 
 const Options causal{}, bidirectional{.causal = false}, windowed{.window = 37},
     band{.causal = false, .window = 70}, sigmoid{.score = Score::sigmoid, .bias = -1.5},
@@ -174,7 +168,7 @@ TYPED_TEST(AttentionCpu, MatchesTheReference) {
         run(reference{}, truth);
         Case<float> formula(c);
         if (sizeof(TypeParam) == 2) plain(c, formula);
-        for (const Isa isa : machine_isas()) {
+        for (const Isa isa : test::isas()) {
             SCOPED_TRACE(to_string(isa));
             c.clear();
             run(cpu{.threads = 1, .isa = isa}, c);
@@ -205,7 +199,7 @@ TYPED_TEST(AttentionCpu, StepsAreRowsOfForward) {
     const Index B = 1, L = 85, Hq = 6, Hkv = 2;
     for (const Options& o : {causal, windowed, sigmoid})
         for (const Index dim : {16, 19})
-            for (const Isa isa : machine_isas()) {
+            for (const Isa isa : test::isas()) {
                 Case<T> c({.B = B, .Lq = L, .Lk = L, .Hq = Hq, .Hkv = Hkv, .dh = dim, .dv = dim}, o);
                 c.with_bias = dim == 19 && !c.softmax();
                 Case<double> truth(c);
@@ -323,7 +317,7 @@ TEST(AttentionCpuMask, NaNReachesOnlyTheRowsThatReadIt) {
         }
         Case<double> truth(c);
         run(reference{}, truth);
-        for (const Isa isa : machine_isas()) {
+        for (const Isa isa : test::isas()) {
             run(cpu{.threads = 1, .isa = isa}, c);
             const auto check = [&](const char* name, const std::vector<float>& got,
                                    const std::vector<double>& want) {
@@ -384,7 +378,7 @@ TEST(AttentionCpuMask, ScoresOfMinusInfinityAreMaskedKeys) {
     for (std::size_t j = 0; j < 70; ++j) c.k[j] = -INFINITY;  // more than a tile
     Case<double> truth(c);
     ASSERT_TRUE(forward(reference{}, truth).ok());
-    for (const Isa isa : machine_isas()) {
+    for (const Isa isa : test::isas()) {
         ASSERT_TRUE(forward(cpu{.threads = 1, .isa = isa}, c).ok());
         EXPECT_EQ(c.lse[0], -INFINITY);
         EXPECT_EQ(c.lse[69], -INFINITY);
@@ -561,7 +555,7 @@ void check_exp(double low, double high, double ulps) {
                            std::numeric_limits<T>::lowest(),
                            std::numeric_limits<T>::max(),
                            720};
-    for (const Isa isa : machine_isas()) {
+    for (const Isa isa : test::isas()) {
         SCOPED_TRACE(to_string(isa));
         simd::run_body<ExpOf<T>>(isa, static_cast<const T*>(x.data()), y.data(), n);
         double worst = 0;
@@ -606,7 +600,7 @@ void check_widening() {
     std::vector<T> x(65536);
     std::vector<float> y(65536);
     for (std::size_t i = 0; i < x.size(); ++i) x[i].bits = static_cast<std::uint16_t>(i);
-    for (const Isa isa : machine_isas()) {
+    for (const Isa isa : test::isas()) {
         simd::run_body<Widen<T>>(isa, static_cast<const T*>(x.data()), y.data(), Index(65536));
         for (std::size_t i = 0; i < x.size(); ++i) {
             const float want = x[i];
@@ -639,7 +633,7 @@ void check_narrowing() {
             std::memcpy(&x.back(), &bits, 4);
         }
     std::vector<T> y(x.size());
-    for (const Isa isa : machine_isas()) {
+    for (const Isa isa : test::isas()) {
         simd::run_body<Narrow<T>>(isa, static_cast<const float*>(x.data()), y.data(), static_cast<Index>(x.size()));
         for (std::size_t i = 0; i < x.size(); ++i) {
             const T want(x[i]);

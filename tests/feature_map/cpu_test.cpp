@@ -6,6 +6,7 @@
 
 #include <feature_map/feature_map.hpp>
 
+#include "../support/isas.hpp"
 #include "feature_map_cases.hpp"
 
 namespace interstate::test {
@@ -15,13 +16,6 @@ using feature_map::Activation;
 using feature_map::Operator;
 using feature_map::Options;
 using feature_map::Rope;
-
-std::vector<Isa> isas() {
-    std::vector<Isa> all;
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-        if (simd::machine_has(isa)) all.push_back(isa);
-    return all;
-}
 
 template <class T, class P>
 void expect_close(const Case& c, cpu exec, const Options& options, RunOptions run = {}) {

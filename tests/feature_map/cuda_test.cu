@@ -9,7 +9,7 @@
 #include <feature_map/reference.hpp>
 #include <interstate/verify.cuh>
 
-#include "../support/cuda_main.cuh"
+#include "../support/cuda_packed.cuh"
 #include "feature_map_cases.hpp"
 
 namespace interstate::test {
@@ -156,22 +156,11 @@ void packed(Checks& checks) {
     for (const auto& bad : bad_offsets)
         for (const Index taps : {4, 8}) {
             const Case wrong = make({.length = 1100, .heads = 2, .features = 8, .taps = taps, .cu_seqlens = bad}, Options::key(), 4);
-            const std::uint32_t seen = flags_after(checks, "bad cu_seqlens", [&](std::uint32_t* flags) {
-                Case results;
-                return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, Options::key(), wrong, results);
-            });
-            checks.expect(seen == flag_bad_cu_seqlens, "bad cu_seqlens", "the device flag must be set");
+            expect_bad_offsets_reported<Operator>(checks, Options::key(), wrong);
         }
     for (const double only : {0.0, 5.0, 9.0, -1.0}) {
         const Case none = make({.length = 7, .heads = 2, .features = 8, .cu_seqlens = {only}}, Options::key(), 4);
-        Case got;
-        const std::uint32_t seen = flags_after(checks, "no sequences", [&](std::uint32_t* flags) {
-            return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, Options::key(), none, got);
-        });
-        checks.expect(seen == (only < 0 || only > 7 ? flag_bad_cu_seqlens : 0u), "no sequences", "flag");
-        for (const auto& [name, tensor] : got.tensors)
-            for (const double x : tensor.values)
-                if (x != 0.0) checks.expect(false, name.c_str(), "must be zero without sequences");
+        expect_zeros_without_sequences<Operator>(checks, Options::key(), none, only < 0 || only > 7);
     }
 }
 

@@ -6,6 +6,7 @@
 
 #include <feature_map/reference.hpp>
 
+#include "../support/differences.hpp"
 #include "feature_map_cases.hpp"
 
 namespace interstate::test {
@@ -22,8 +23,6 @@ Case run(const Case& c, const Options& options) {
     EXPECT_TRUE(status.ok()) << status.message();
     return results;
 }
-
-std::vector<double>& values(Case& c, const std::string& name) { return c.tensors.at(name).values; }
 
 /// One stage at a time over the whole tensor, RoPE as a product of complex numbers.
 TEST(FeatureMapReference, EqualsTheStagesOneByOne) {
@@ -115,35 +114,10 @@ TEST(FeatureMapReference, GradientsMatchFiniteDifferences) {
                 FeatureMapCase o{.batch = packed ? 1 : 2, .length = packed ? 9 : 6, .heads = 2, .features = 4, .taps = taps};
                 if (packed) o.cu_seqlens = {1, 3, 3, 8};
                 const Case c = make(o, options, 11);
-                Case got = run(c, options);
-                const auto loss = [&](const Case& at) {
-                    Case out = run(at, options);
-                    double sum = 0.0;
-                    for (const char* name : {"y", "convT"}) {
-                        const auto w = at.tensors.find(std::string("dout.") + name);
-                        if (w == at.tensors.end()) continue;
-                        const auto& x = values(out, std::string("out.") + name);
-                        for (std::size_t i = 0; i < x.size(); ++i) sum += w->second.values[i] * x[i];
-                    }
-                    return sum;
-                };
+                const Case got = run(c, options);
                 for (const char* name : {"x", "conv_weight", "conv_bias", "scale", "bias", "conv0"}) {
                     if (!c.tensors.contains(name)) continue;
-                    const auto& g = values(got, std::string("grad.") + name);
-                    ASSERT_EQ(g.size(), c.tensors.at(name).values.size()) << name;
-                    double error = 0.0, norm = 0.0;
-                    for (std::size_t i = 0; i < g.size(); i += g.size() > 40 ? 5 : 1) {
-                        const auto slope = [&](double step) {
-                            Case up = c, down = c;
-                            values(up, name)[i] += step;
-                            values(down, name)[i] -= step;
-                            return (loss(up) - loss(down)) / (2.0 * step);
-                        };
-                        const double want = (4.0 * slope(1e-4) - slope(2e-4)) / 3.0;  // of fourth order
-                        error += (g[i] - want) * (g[i] - want);
-                        norm += want * want;
-                    }
-                    EXPECT_LE(std::sqrt(error), 2e-7 * std::sqrt(norm))
+                    EXPECT_LE(difference_error(c, got, name, 1e-4, 5, [&](const Case& at) { return run(at, options); }), 2e-7)
                         << name << " " << describe(options) << " taps " << taps << (packed ? ", packed" : "");
                 }
             }

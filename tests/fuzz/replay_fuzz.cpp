@@ -15,6 +15,7 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <random>
 #include <span>
 #include <string>
@@ -147,16 +148,40 @@ const std::int64_t extents[] = {0,
                                 std::int64_t{1} << 40,
                                 std::int64_t{1} << 59};
 const char* const names[] = {
-    "u", "log_dt", "log_neg_re", "im",      "B",      "C",        "D",      "x0",    "cu_seqlens", "q", "k",
-    "v", "bias",   "dout.y",     "dout.xT", "dout.o", "dout.lse", "dout.z", "out.y", "grad.u",     "z", ""};
+    "u",           "log_dt",     "log_neg_re", "im",      "B",      "C",        "D",
+    "x0",          "eta0",       "q",          "k",       "v",      "o",        "g",
+    "x",           "W",          "scale",      "bias",    "conv0",  "offset",   "cu_seqlens",
+    "conv_weight", "conv_bias",  "dout.y",     "dout.xT", "dout.o", "dout.lse", "dout.z",
+    "dout.etaT",   "dout.convT", "out.y",      "grad.u",  "z",      ""};
 const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"op", "attention"},
+                                                       {"op", "interdomain"},
+                                                       {"op", "feature_map"},
+                                                       {"op", "random_features"},
+                                                       {"op", "gate"},
                                                        {"op", "sisa"},
                                                        {"disc", "zoh"},
                                                        {"disc", "bilinear"},
                                                        {"disc", "raw"},
                                                        {"method", "scan"},
                                                        {"method", "automatic"},
+                                                       {"method", "chunked"},
+                                                       {"method", "parallel_scan"},
+                                                       {"method", "fft"},
+                                                       {"readout", "real_parts"},
+                                                       {"normalizer", "none"},
+                                                       {"normalizer", "nadaraya_watson"},
+                                                       {"rope", "none"},
+                                                       {"rope", "interleaved"},
+                                                       {"rope", "half_split"},
+                                                       {"base", "1"},
+                                                       {"base", "1e308"},
+                                                       {"activation", "none"},
+                                                       {"l2", "false"},
+                                                       {"rms", "true"},
+                                                       {"rms", "false"},
+                                                       {"eps", "1"},
+                                                       {"eps", "0"},
                                                        {"causal", "true"},
                                                        {"causal", "false"},
                                                        {"window", "none"},
@@ -194,46 +219,133 @@ SafetensorsTensor random_offsets(Random& random, std::int64_t sequences, std::in
     return make_tensor(std::span<const double>(cu), {sequences + 1});
 }
 
+using Shapes = std::vector<std::pair<const char*, Extents>>;
+
+/// What the cases of every operator share: the choices, and the file without its tensors.
+struct Sketch {
+    Random& random;
+    bool packed = size(3) == 0, gradients = size(4) != 0, optional = size(2) == 0, longer = size(8) == 0;
+    std::int64_t sequences = size(4), batch = packed ? 1 : size(4), states = packed ? sequences : batch;
+    bool positions = false;  // whether sequences say at which position they begin
+    std::map<std::string, std::string> options = {};
+
+    std::int64_t size(std::size_t n) { return static_cast<std::int64_t>(below(random, n)); }
+};
+
+Shapes s4d_shapes(Sketch& s) {
+    s.options["disc"] = s.size(2) ? "zoh" : "bilinear";
+    if (s.longer && !s.packed) s.batch = s.states = s.batch / 3;
+    const std::int64_t H = s.longer ? 1 : s.size(20), N = s.size(6),
+                       L = s.longer ? 250 + s.size(20) : s.size(9);
+    Shapes shapes = {{"u", {s.batch, L, H}}, {"log_dt", {H}},  {"log_neg_re", {H, N}},
+                     {"im", {H, N}},         {"B", {H, N, 2}}, {"C", {H, N, 2}}};
+    if (s.optional) shapes.insert(shapes.end(), {{"D", {H}}, {"x0", {s.states, H, N, 2}}});
+    if (s.gradients) shapes.push_back({"dout.y", {s.batch, L, H}});
+    if (s.gradients && s.optional) shapes.push_back({"dout.xT", {s.states, H, N, 2}});
+    return shapes;
+}
+
+Shapes attention_shapes(Sketch& s) {
+    const std::int64_t group = 1 + s.size(3), Hkv = s.longer ? 1 : s.size(3), Hq = Hkv * group;
+    const std::int64_t dh = s.longer ? 1 : s.size(10), dv = s.longer ? 1 : s.size(10);
+    const std::int64_t Lk = s.longer ? 60 + s.size(80) : s.size(9), Lq = s.packed || s.size(2) ? Lk : Lk / 2;
+    const bool sigmoid = s.size(4) == 0;
+    if (sigmoid) s.options["score"] = "sigmoid";
+    if (s.size(3) == 0) s.options["causal"] = "false";
+    if (s.size(3) == 0) s.options["window"] = std::to_string(1 + s.size(6));
+    Shapes shapes = {
+        {"q", {s.batch, Lq, Hq, dh}}, {"k", {s.batch, Lk, Hkv, dh}}, {"v", {s.batch, Lk, Hkv, dv}}};
+    if (sigmoid && s.optional) shapes.push_back({"bias", {Hq}});
+    if (s.gradients) shapes.push_back({"dout.o", {s.batch, Lq, Hq, dv}});
+    if (s.gradients && s.optional && !sigmoid) shapes.push_back({"dout.lse", {s.batch, Lq, Hq}});
+    return shapes;
+}
+
+Shapes interdomain_shapes(Sketch& s) {
+    const char* const methods[] = {"automatic", "chunked", "scan", "parallel_scan", "fft"};
+    s.options["method"] = any(s.random, methods);
+    if (s.size(4) == 0) s.options["disc"] = "raw";
+    if (s.size(3) == 0) s.options["readout"] = "real_parts";
+    const bool normalized = s.size(3) == 0;
+    if (normalized) s.options["normalizer"] = "nadaraya_watson";
+    if (s.longer && !s.packed) s.batch = s.states = s.batch / 3;
+    // Around chunks of 64 tokens and stretches of 256.
+    const std::int64_t L = s.longer ? (s.size(2) ? 60 : 250) + s.size(20) : s.size(9);
+    const std::int64_t Hkv = s.longer ? 1 : s.size(3), Hq = Hkv * (s.longer ? 1 : 1 + s.size(3)),
+                       M = s.size(6);
+    const std::int64_t R = s.longer ? 1 : s.size(6), d = s.longer ? 1 : s.size(6);
+    Shapes shapes = {{"q", {s.batch, L, Hq, R}}, {"k", {s.batch, L, Hkv, R}}, {"v", {s.batch, L, Hkv, d}},
+                     {"log_dt", {Hkv}},          {"log_neg_re", {Hkv, M}},    {"im", {Hkv, M}},
+                     {"B", {Hkv, M, 2}},         {"C", {Hkv, M, M, 2}}};
+    if (s.optional) shapes.push_back({"x0", {s.states, Hkv, M, R + d, 2}});
+    if (s.optional && normalized) shapes.push_back({"eta0", {s.states, Hkv, M, 2}});
+    if (s.gradients) shapes.push_back({"dout.o", {s.batch, L, Hq, d}});
+    if (s.gradients && s.optional) shapes.push_back({"dout.xT", {s.states, Hkv, M, R + d, 2}});
+    if (s.gradients && s.optional && normalized) shapes.push_back({"dout.etaT", {s.states, Hkv, M, 2}});
+    return shapes;
+}
+
+Shapes feature_map_shapes(Sketch& s) {
+    const char* const ropes[] = {"none", "interleaved", "half_split"};
+    const std::string rope = any(s.random, ropes);
+    const bool rms = s.size(2) == 0;
+    s.options["rope"] = rope;
+    s.positions = rope != "none" && s.optional;
+    s.options["rms"] = rms ? "true" : "false";
+    if (s.size(3) == 0) s.options["l2"] = "false";
+    if (s.size(3) == 0) s.options["activation"] = "none";
+    const std::int64_t L = s.longer ? 60 + s.size(10) : s.size(9), H = s.longer ? 1 : s.size(4),
+                       taps = s.size(9);
+    const std::int64_t R = rope == "none" ? s.size(10) : 2 * s.size(s.longer ? 2 : 5);
+    const Extents past = {s.states, std::max<std::int64_t>(taps - 1, 0), H, R};
+    Shapes shapes = {{"x", {s.batch, L, H, R}}};
+    if (taps > 0) shapes.push_back({"conv_weight", {H, R, taps}});
+    if (taps > 0 && s.optional) shapes.insert(shapes.end(), {{"conv_bias", {H, R}}, {"conv0", past}});
+    if (rms && s.optional) shapes.insert(shapes.end(), {{"scale", {R}}, {"bias", {H, R}}});
+    if (s.gradients) shapes.push_back({"dout.y", {s.batch, L, H, R}});
+    if (s.gradients && s.optional) shapes.push_back({"dout.convT", past});
+    return shapes;
+}
+
+Shapes random_features_shapes(Sketch& s) {
+    const std::int64_t L = s.longer ? 60 + s.size(10) : s.size(9), H = s.longer ? 1 : s.size(4),
+                       F = s.size(6);
+    const std::int64_t dh = s.longer ? 1 : s.size(10);
+    Shapes shapes = {{"x", {s.batch, L, H, dh}}, {"W", {s.optional ? 1 : H, F, dh}}};
+    if (s.gradients) shapes.push_back({"dout.y", {s.batch, L, H, 2 * F}});
+    return shapes;
+}
+
+Shapes gate_shapes(Sketch& s) {
+    const Extents shape = {s.batch, s.size(9), s.size(4), s.size(20)};
+    Shapes shapes = {{"o", shape}, {"g", shape}};
+    if (s.gradients) shapes.push_back({"dout.y", shape});
+    return shapes;
+}
+
+/// An operator, and its tensors; the second axis of the first is the length.
+struct Maker {
+    const char* op;
+    Shapes (*shapes)(Sketch&);
+};
+const Maker makers[] = {{"s4d", s4d_shapes},
+                        {"attention", attention_shapes},
+                        {"interdomain", interdomain_shapes},
+                        {"feature_map", feature_map_shapes},
+                        {"random_features", random_features_shapes},
+                        {"gate", gate_shapes}};
+
 SafetensorsFile random_case(Random& random) {
-    const auto size = [&](std::size_t n) { return static_cast<std::int64_t>(below(random, n)); };
-    const bool packed = size(3) == 0, gradients = size(4) != 0, optional = size(2) == 0;
-    const std::int64_t sequences = size(4), B = packed ? 1 : size(4);
+    Sketch sketch{random};
+    const Maker& maker = any(random, makers);
+    Shapes shapes = maker.shapes(sketch);
     SafetensorsFile file;
-    std::vector<std::pair<const char*, Extents>> tensors;
-    std::int64_t length = 0;
-    if (size(2) == 0) {
-        file.metadata = {{"op", "s4d"}, {"disc", size(2) ? "zoh" : "bilinear"}};
-        const bool longer = size(8) == 0;
-        const std::int64_t H = longer ? 1 : size(20), N = size(6), L = longer ? 250 + size(20) : size(9);
-        const std::int64_t S = packed ? sequences : B;
-        length = L;
-        tensors = {{"u", {longer && !packed ? B / 3 : B, L, H}},
-                   {"log_dt", {H}},
-                   {"log_neg_re", {H, N}},
-                   {"im", {H, N}},
-                   {"B", {H, N, 2}},
-                   {"C", {H, N, 2}}};
-        if (optional) tensors.insert(tensors.end(), {{"D", {H}}, {"x0", {S, H, N, 2}}});
-        if (gradients) tensors.push_back({"dout.y", tensors[0].second});
-        if (gradients && optional) tensors.push_back({"dout.xT", {S, H, N, 2}});
-    } else {
-        file.metadata = {{"op", "attention"}};
-        const bool longer = size(8) == 0;
-        const std::int64_t group = 1 + size(3), Hkv = longer ? 1 : size(3), Hq = Hkv * group;
-        const std::int64_t dh = longer ? 1 : size(10), dv = longer ? 1 : size(10);
-        const std::int64_t Lk = longer ? 60 + size(80) : size(9), Lq = packed || size(2) ? Lk : Lk / 2;
-        const bool sigmoid = size(4) == 0;
-        length = Lk;
-        if (sigmoid) file.metadata["score"] = "sigmoid";
-        if (size(3) == 0) file.metadata["causal"] = "false";
-        if (size(3) == 0) file.metadata["window"] = std::to_string(1 + size(6));
-        tensors = {{"q", {B, Lq, Hq, dh}}, {"k", {B, Lk, Hkv, dh}}, {"v", {B, Lk, Hkv, dv}}};
-        if (sigmoid && optional) tensors.push_back({"bias", {Hq}});
-        if (gradients) tensors.push_back({"dout.o", {B, Lq, Hq, dv}});
-        if (gradients && optional && !sigmoid) tensors.push_back({"dout.lse", {B, Lq, Hq}});
-    }
-    for (auto& [name, shape] : tensors) file.tensors[name] = random_tensor(random, std::move(shape));
-    if (packed) file.tensors["cu_seqlens"] = random_offsets(random, sequences, length);
+    file.metadata = sketch.options;
+    file.metadata["op"] = maker.op;
+    const std::int64_t length = shapes[0].second[1];
+    for (auto& [name, shape] : shapes) file.tensors[name] = random_tensor(random, std::move(shape));
+    if (sketch.packed) file.tensors["cu_seqlens"] = random_offsets(random, sketch.sequences, length);
+    if (sketch.positions) file.tensors["offset"] = random_offsets(random, sketch.states - 1, 4000);
     return file;
 }
 
@@ -326,8 +438,11 @@ extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t s
         } catch (const SafetensorsError&) {
             file = random_case(random);
         }
-        if (below(random, 16) == 0) file = random_case(random);
-        for (std::size_t n = 1 + below(random, 3); n > 0; --n) edit(random, file);
+        // Most edits leave a case that is refused, so that every fourth is a new one, as it is made.
+        if (below(random, 4) == 0)
+            file = random_case(random);
+        else
+            for (std::size_t n = 1 + below(random, 3); n > 0; --n) edit(random, file);
         const std::vector<std::byte> bytes = serialize_safetensors(file, "fuzz");
         if (bytes.size() > max_size) return LLVMFuzzerMutate(data, size, max_size);
         std::memcpy(data, bytes.data(), bytes.size());

@@ -6,19 +6,13 @@
 
 #include <gate/gate.hpp>
 
+#include "../support/isas.hpp"
 #include "gate_cases.hpp"
 
 namespace interstate::test {
 namespace {
 
 using gate::Operator;
-
-std::vector<Isa> isas() {
-    std::vector<Isa> all;
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-        if (simd::machine_has(isa)) all.push_back(isa);
-    return all;
-}
 
 template <class T>
 void expect_close(const Case& c, cpu exec, RunOptions run = {}) {

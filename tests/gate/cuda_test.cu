@@ -7,7 +7,7 @@
 #include <gate/reference.hpp>
 #include <interstate/verify.cuh>
 
-#include "../support/cuda_main.cuh"
+#include "../support/cuda_packed.cuh"
 #include "gate_cases.hpp"
 
 namespace interstate::test {
@@ -39,26 +39,12 @@ void every_dtype(Checks& checks, const Case& c, RunOptions run = {}) {
 
 void packed(Checks& checks) {
     for (const Index d : {5, 16}) {
-        Case c = make({.length = 50, .heads = 2, .value_dim = d, .cu_seqlens = {3, 3, 20, 47}}, 4), clean, dirty;
+        const Case c = make({.length = 50, .heads = 2, .value_dim = d, .cu_seqlens = {3, 3, 20, 47}}, 4);
         every_dtype(checks, c);
-        Status s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, clean);
-        checks.expect(s.ok(), "packed", s.message());
-        for (const char* name : {"o", "g", "dout.y"})
-            for (Index i = 0; i < 100 * d; ++i)
-                if (i < 6 * d || i >= 94 * d) c.tensors[name].values[i] = std::nan("");
-        s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, dirty);
-        checks.expect(s.ok(), "packed", s.message());
-        for (const auto& [name, tensor] : clean.tensors)
-            checks.expect(tensor.values == dirty.tensors[name].values, name.c_str(), "rows of no sequence must not be read");
+        expect_margins_unread<Operator>(checks, c, {"o", "g", "dout.y"});
     }
-    for (const std::vector<double>& bad : {std::vector<double>{0, 30, 20}, std::vector<double>{-5, 10}, std::vector<double>{0, 51}, std::vector<double>{51}}) {
-        const Case wrong = make({.length = 50, .cu_seqlens = bad}, 4);
-        const std::uint32_t seen = flags_after(checks, "bad cu_seqlens", [&](std::uint32_t* flags) {
-            Case results;
-            return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {}, wrong, results);
-        });
-        checks.expect(seen == flag_bad_cu_seqlens, "bad cu_seqlens", "the device flag must be set");
-    }
+    for (const auto& bad : std::vector<std::vector<double>>{{0, 30, 20}, {-5, 10}, {0, 51}, {51}})
+        expect_bad_offsets_reported<Operator>(checks, {}, make({.length = 50, .cu_seqlens = bad}, 4));
 }
 
 /// `step` is forward of one token; y may be o.

@@ -6,6 +6,7 @@
 
 #include <interdomain/interdomain.hpp>
 
+#include "../support/isas.hpp"
 #include "interdomain_cases.hpp"
 
 namespace interstate::test {
@@ -27,12 +28,6 @@ constexpr bool sanitized = true;
 constexpr bool sanitized = false;
 #endif
 
-std::vector<Isa> isas() {
-    std::vector<Isa> all;
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-        if (simd::machine_has(isa)) all.push_back(isa);
-    return all;
-}
 Options with(Options options, Method method) {
     options.method = method;
     return options;
@@ -276,7 +271,7 @@ TEST(InterdomainCpu, SameBitsForAnyThreadCountAndRun) {
 /// Shapes, options and inputs at random: every method finds the same.
 TEST(InterdomainCpu, MethodsAgreeOnRandomCases) {
     Random r(2026);
-    const auto up_to = [&](Index n) { return static_cast<Index>(r.uniform(0.0, static_cast<double>(n) + 1.0 - 1e-9)); };
+    const auto up_to = [&](Index n) { return r.up_to(n); };
     for (int trial = 0; trial < (sanitized ? 5 : 30); ++trial) {
         const Index Hkv = 1 + up_to(2);
         InterdomainCase o{.batch = 1 + up_to(2), .length = up_to(400), .query_heads = Hkv * (1 + up_to(2)), .kv_heads = Hkv,
@@ -284,10 +279,7 @@ TEST(InterdomainCpu, MethodsAgreeOnRandomCases) {
                           .initial_state = up_to(1) == 1, .decay = std::pow(10.0, r.uniform(-3.0, 1.0))};
         if (up_to(2) == 0) {
             o.batch = 1;
-            o.cu_seqlens = {static_cast<double>(up_to(o.length))};
-            for (Index i = up_to(5); i >= 0; --i)
-                o.cu_seqlens.push_back(r.uniform(o.cu_seqlens.back(), static_cast<double>(o.length) + 0.99));
-            for (double& x : o.cu_seqlens) x = std::floor(x);
+            o.cu_seqlens = r.offsets(o.length);
         }
         const Case c = make(o, 1000 + trial);
         const Options options{.disc = up_to(1) == 1 ? Discretization::zoh : Discretization::raw,

@@ -12,6 +12,7 @@
 #include <interstate/verify.cuh>
 
 #include "../support/cuda_graph.cuh"
+#include "../support/cuda_packed.cuh"
 #include "interdomain_cases.hpp"
 
 namespace interstate::test {
@@ -143,15 +144,6 @@ void every_dtype(Checks& checks, const Case& c, Options options = {}, RunOptions
     expect_close<f32, float>(checks, c, options, run, conditioned);
     expect_close<f16, float>(checks, c, options, run, conditioned);
     expect_close<bf16, float>(checks, c, options, run, conditioned);
-}
-
-std::vector<Options> all_options() {
-    std::vector<Options> list;
-    for (const auto disc : {Discretization::zoh, Discretization::raw})
-        for (const auto readout : {Readout::complex_product, Readout::real_parts})
-            for (const auto normalizer : {Normalizer::none, Normalizer::nadaraya_watson})
-                list.push_back({disc, readout, normalizer});
-    return list;
 }
 
 /// Real modes and states, C the identity and positive q and k: a denominator that stays away from zero.
@@ -348,12 +340,8 @@ void bad_offsets(Checks& checks) {
         for (const Method method : methods) {
             const Case wrong = make({.length = 110, .query_heads = 2, .kv_heads = 2, .features = 8, .value_dim = 8,
                                      .modes = 8, .cu_seqlens = bad}, 4);
-            if (!has_kernel({}, method, shape_of_case(wrong, DType::f32))) continue;
-            const std::uint32_t seen = flags_after(checks, "bad cu_seqlens", [&](std::uint32_t* flags) {
-                Case results;
-                return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {.method = method}, wrong, results);
-            });
-            checks.expect(seen == flag_bad_cu_seqlens, "bad cu_seqlens", "the device flag must be set");
+            if (has_kernel({}, method, shape_of_case(wrong, DType::f32)))
+                expect_bad_offsets_reported<Operator>(checks, {.method = method}, wrong);
         }
 }
 
@@ -365,15 +353,7 @@ void no_sequences(Checks& checks) {
                 const Case c = make({.length = L, .query_heads = 4, .kv_heads = 2, .modes = 6,
                                      .cu_seqlens = {static_cast<double>(offset)}}, 3);
                 if (!has_kernel({}, method, shape_of_case(c, DType::f32))) continue;
-                Case got;
-                const std::uint32_t seen = flags_after(checks, "no sequences", [&](std::uint32_t* flags) {
-                    return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {.method = method}, c, got);
-                });
-                checks.expect(seen == (offset < 0 || offset > L ? flag_bad_cu_seqlens : 0u), "no sequences",
-                              "the device flag must be set where the offset leaves the rows, and only there");
-                for (const auto& [name, tensor] : got.tensors)
-                    for (const double x : tensor.values)
-                        if (x != 0.0) checks.expect(false, name.c_str(), "must be zero without sequences");
+                expect_zeros_without_sequences<Operator>(checks, {.method = method}, c, offset < 0 || offset > L);
             }
 }
 

@@ -41,6 +41,17 @@ inline Case make(const InterdomainCase& o, std::uint64_t seed) {
     return c;
 }
 
+/// Every choice of what is computed.
+inline std::vector<interdomain::Options> all_options() {
+    using namespace interdomain;
+    std::vector<Options> list;
+    for (const auto disc : {Discretization::zoh, Discretization::raw})
+        for (const auto readout : {Readout::complex_product, Readout::real_parts})
+            for (const auto normalizer : {Normalizer::none, Normalizer::nadaraya_watson})
+                list.push_back({disc, readout, normalizer});
+    return list;
+}
+
 /// How far a tensor may be from its float64 truth on inputs rounded alike: f64 1e-12, f32 1e-5, 16-bit storage 1e-5,
 /// and the cost of rounding the tensor itself to 16 bits, or to float parameters of float64 storage. (The 16-bit rule
 /// allows what rounding the factors of products costs, too; a kernel that multiplies in float needs none of that.)

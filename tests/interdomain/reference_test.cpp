@@ -7,6 +7,7 @@
 #include <interdomain/init.hpp>
 #include <interdomain/interdomain.hpp>
 
+#include "../support/differences.hpp"
 #include "interdomain_cases.hpp"
 
 namespace interstate::test {
@@ -19,15 +20,6 @@ using interdomain::Options;
 using interdomain::Readout;
 using Cd = std::complex<double>;
 
-std::vector<Options> all_options() {
-    std::vector<Options> list;
-    for (const auto disc : {Discretization::zoh, Discretization::raw})
-        for (const auto readout : {Readout::complex_product, Readout::real_parts})
-            for (const auto normalizer : {Normalizer::none, Normalizer::nadaraya_watson})
-                list.push_back({disc, readout, normalizer});
-    return list;
-}
-
 Case run(const Case& c, const Options& options) {
     Case results;
     const Status status = run_case<Operator, double, double>(reference{}, options, c, results);
@@ -35,7 +27,6 @@ Case run(const Case& c, const Options& options) {
     return results;
 }
 
-std::vector<double>& values(Case& c, const std::string& name) { return c.tensors.at(name).values; }
 Cd complex_at(Case& c, const std::string& name, Index i) {
     const auto& x = values(c, name);
     return {x[static_cast<std::size_t>(2 * i)], x[static_cast<std::size_t>(2 * i + 1)]};
@@ -107,36 +98,13 @@ TEST(InterdomainReference, GradientsMatchFiniteDifferences) {
             if (packed) o.cu_seqlens = {1, 4, 4, 8};
             if (options.normalized()) o.length = 9;  // den comes near zero sooner or later
             const Case c = make(o, 11);
-            Case got = run(c, options);
-            const auto loss = [&](const Case& at) {
-                Case out = run(at, options);
-                double sum = 0.0;
-                for (const char* name : {"o", "xT", "etaT"}) {
-                    const auto w = at.tensors.find(std::string("dout.") + name);
-                    if (w == at.tensors.end()) continue;
-                    const auto& x = values(out, std::string("out.") + name);
-                    for (std::size_t i = 0; i < x.size(); ++i) sum += w->second.values[i] * x[i];
-                }
-                return sum;
-            };
+            const Case got = run(c, options);
             int compared = 0;
             for (const char* name : {"q", "k", "v", "log_dt", "log_neg_re", "im", "B", "C", "x0", "eta0"}) {
                 if (!c.tensors.contains(name)) continue;
                 ++compared;
-                const auto& g = values(got, std::string("grad.") + name);
-                double error = 0.0, norm = 0.0;
-                for (std::size_t i = 0; i < g.size(); i += g.size() > 40 ? 7 : 1) {
-                    const auto slope = [&](double step) {
-                        Case up = c, down = c;
-                        values(up, name)[i] += step;
-                        values(down, name)[i] -= step;
-                        return (loss(up) - loss(down)) / (2.0 * step);
-                    };
-                    const double want = (4.0 * slope(1e-5) - slope(2e-5)) / 3.0;  // of fourth order
-                    error += (g[i] - want) * (g[i] - want);
-                    norm += want * want;
-                }
-                EXPECT_LT(std::sqrt(error / norm), 1e-6) << name << (packed ? ", packed" : "");
+                EXPECT_LT(difference_error(c, got, name, 1e-5, 7, [&](const Case& at) { return run(at, options); }), 1e-6)
+                    << name << (packed ? ", packed" : "");
             }
             EXPECT_EQ(compared, options.normalized() ? 10 : 9);
         }

@@ -6,19 +6,13 @@
 
 #include <random_features/random_features.hpp>
 
+#include "../support/isas.hpp"
 #include "random_features_cases.hpp"
 
 namespace interstate::test {
 namespace {
 
 using random_features::Operator;
-
-std::vector<Isa> isas() {
-    std::vector<Isa> all;
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-        if (simd::machine_has(isa)) all.push_back(isa);
-    return all;
-}
 
 template <class T, class P>
 void expect_close(const Case& c, cpu exec, RunOptions run = {}, double largest = 1.0) {

@@ -7,7 +7,7 @@
 #include <random_features/random_features.cuh>
 #include <random_features/reference.hpp>
 
-#include "../support/cuda_main.cuh"
+#include "../support/cuda_packed.cuh"
 #include "random_features_cases.hpp"
 
 namespace interstate::test {
@@ -40,25 +40,11 @@ void every_dtype(Checks& checks, const Case& c, RunOptions run = {}) {
 }
 
 void packed(Checks& checks) {
-    Case c = make({.length = 150, .heads = 2, .cu_seqlens = {3, 3, 20, 137}}, 4), clean, dirty;
+    const Case c = make({.length = 150, .heads = 2, .cu_seqlens = {3, 3, 20, 137}}, 4);
     every_dtype(checks, c);
-    Status s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, clean);
-    checks.expect(s.ok(), "packed", s.message());
-    for (const auto& [name, row] : {std::pair{"x", 8}, std::pair{"dout.y", 12}})
-        for (Index i = 0; i < 150 * row; ++i)
-            if (i < 3 * row || i >= 137 * row) c.tensors[name].values[i] = std::nan("");
-    s = run_case<Operator, float, float>(interstate::cuda{}, {}, c, dirty);
-    checks.expect(s.ok(), "packed", s.message());
-    for (const auto& [name, tensor] : clean.tensors)
-        checks.expect(tensor.values == dirty.tensors[name].values, name.c_str(), "rows of no sequence must not be read");
-    for (const std::vector<double>& bad : {std::vector<double>{0, 30, 20}, std::vector<double>{-5, 10}, std::vector<double>{0, 51}, std::vector<double>{51}}) {
-        const Case wrong = make({.length = 50, .cu_seqlens = bad}, 4);
-        const std::uint32_t seen = flags_after(checks, "bad cu_seqlens", [&](std::uint32_t* flags) {
-            Case results;
-            return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {}, wrong, results);
-        });
-        checks.expect(seen == flag_bad_cu_seqlens, "bad cu_seqlens", "the device flag must be set");
-    }
+    expect_margins_unread<Operator>(checks, c, {"x", "dout.y"});
+    for (const auto& bad : std::vector<std::vector<double>>{{0, 30, 20}, {-5, 10}, {0, 51}, {51}})
+        expect_bad_offsets_reported<Operator>(checks, {}, make({.length = 50, .cu_seqlens = bad}, 4));
 }
 
 void steps_and_runs_agree(Checks& checks) {

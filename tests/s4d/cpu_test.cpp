@@ -6,6 +6,7 @@
 
 #include <s4d/s4d.hpp>
 
+#include "../support/isas.hpp"
 #include "s4d_cases.hpp"
 
 namespace interstate::test {
@@ -16,13 +17,6 @@ using s4d::Method;
 using s4d::Operator;
 
 constexpr Method methods[] = {Method::scan, Method::chunked, Method::fft};
-
-std::vector<Isa> isas() {
-    std::vector<Isa> all;
-    for (const Isa isa : {Isa::baseline, Isa::avx2, Isa::avx512})
-        if (simd::machine_has(isa)) all.push_back(isa);
-    return all;
-}
 
 template <class T, class P>
 void expect_close(const Case& c, cpu exec, s4d::Options options = {}, RunOptions run = {}) {
@@ -220,9 +214,7 @@ TEST(S4dCpu, SameBitsForAnyThreadCountAndRun) {
 /// Shapes, options and inputs at random: every method finds the same.
 TEST(S4dCpu, MethodsAgreeOnRandomCases) {
     Random r(2026);
-    const auto up_to = [&](Index n) {
-        return static_cast<Index>(r.uniform(0.0, static_cast<double>(n) + 1.0 - 1e-9));
-    };
+    const auto up_to = [&](Index n) { return r.up_to(n); };
     for (int trial = 0; trial < 40; ++trial) {
         S4dCase o{.batch = 1 + up_to(3),
                   .length = up_to(700),
@@ -234,10 +226,7 @@ TEST(S4dCpu, MethodsAgreeOnRandomCases) {
                   .bidirectional = up_to(1) == 1};
         if (up_to(2) == 0) {
             o.batch = 1;
-            o.cu_seqlens = {static_cast<double>(up_to(o.length))};
-            for (Index i = up_to(5); i >= 0; --i)
-                o.cu_seqlens.push_back(r.uniform(o.cu_seqlens.back(), static_cast<double>(o.length) + 0.99));
-            for (double& x : o.cu_seqlens) x = std::floor(x);
+            o.cu_seqlens = r.offsets(o.length);
         }
         const Case c = make(o, 1000 + trial);
         const auto disc = up_to(1) == 1 ? Discretization::zoh : Discretization::bilinear;

@@ -11,6 +11,7 @@
 #include <s4d/s4d.cuh>
 
 #include "../support/cuda_graph.cuh"
+#include "../support/cuda_packed.cuh"
 #include "s4d_cases.hpp"
 
 namespace interstate::test {
@@ -125,19 +126,12 @@ void packed_with_bad_offsets(Checks& checks) {
             isolated = i / (5 * 4 * 2) == 3 || clean.tensors[name].values[i] == dirty.tensors[name].values[i];
     checks.expect(isolated, "packed", "NaN of one sequence must stay in it");
 
-    // Offsets that decrease or leave the range are reported (and compute-sanitizer sees that nothing outside is touched).
     const double least = std::numeric_limits<std::int32_t>::min();
     const std::vector<double> bad_offsets[] = {{0, 50, 20, 60}, {-5, 10, 20, 1000}, {-51200, 1100}, {least, 1100, least}};
-    for (int i = 0; i < 8; ++i) {
-        const auto& bad = bad_offsets[i / 2];
-        const s4d::Method method = i % 2 ? s4d::Method::scan : s4d::Method::chunked;
-        Case wrong = make({.length = 1100, .channels = 8, .modes = 2, .cu_seqlens = bad}, 4);
-        const std::uint32_t seen = flags_after(checks, "bad cu_seqlens", [&](std::uint32_t* flags) {
-            Case results;
-            return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {.method = method}, wrong, results);
-        });
-        checks.expect(seen == flag_bad_cu_seqlens, "bad cu_seqlens", "the device flag must be set");
-    }
+    for (const auto& bad : bad_offsets)
+        for (const s4d::Method method : {s4d::Method::chunked, s4d::Method::scan})
+            expect_bad_offsets_reported<Operator>(
+                checks, {.method = method}, make({.length = 1100, .channels = 8, .modes = 2, .cu_seqlens = bad}, 4));
 }
 
 void states_carry_and_runs_agree(Checks& checks) {
@@ -234,15 +228,7 @@ void no_sequences(Checks& checks) {
             for (const Index offset : {Index{0}, L, Index{-1}, L + 1}) {
                 const Case c = make({.length = L, .channels = 8, .modes = 3,
                                      .cu_seqlens = {static_cast<double>(offset)}, .bidirectional = true}, 3);
-                Case got;
-                const std::uint32_t seen = flags_after(checks, "no sequences", [&](std::uint32_t* flags) {
-                    return run_case<Operator, float, float>(interstate::cuda{.flags = flags}, {.method = method}, c, got);
-                });
-                checks.expect(seen == (offset < 0 || offset > L ? flag_bad_cu_seqlens : 0u), "no sequences",
-                              "the device flag must be set where the offset leaves the rows, and only there");
-                for (const auto& [name, tensor] : got.tensors)
-                    for (const double x : tensor.values)
-                        if (x != 0.0) checks.expect(false, name.c_str(), "must be zero without sequences");
+                expect_zeros_without_sequences<Operator>(checks, {.method = method}, c, offset < 0 || offset > L);
             }
 }
 

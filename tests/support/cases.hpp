@@ -20,6 +20,15 @@ class Random {
 
     double uniform(double low, double high) { return low + (high - low) * numbers_.uniform(); }
     double normal() { return numbers_.normal(); }
+    /// A whole number, n at most.
+    Index up_to(Index n) { return static_cast<Index>(uniform(0.0, static_cast<double>(n) + 1.0 - 1e-9)); }
+    /// cu_seqlens of one to six sequences, with rows before and after them.
+    std::vector<double> offsets(Index length) {
+        std::vector<double> cu{static_cast<double>(up_to(length))};
+        for (Index i = up_to(5); i >= 0; --i) cu.push_back(uniform(cu.back(), static_cast<double>(length) + 0.99));
+        for (double& x : cu) x = std::floor(x);
+        return cu;
+    }
 
     HostTensor normal(std::vector<Index> extent, double scale = 1.0) {
         return fill(std::move(extent), [&] { return scale * normal(); });
@@ -39,6 +48,8 @@ class Random {
     }
     Random64 numbers_;
 };
+
+inline std::vector<double>& values(Case& c, const std::string& name) { return c.tensors.at(name).values; }
 
 namespace detail {
 /// Rounds tensors of a case to the element types of the views that will hold them.

@@ -126,7 +126,7 @@ struct Chunk {
             const s4d::Shape shape{.batch = 1, .length = slots.length, .sequences = slots.recurrences};
             recurrence = static_cast<int>(s4d::detail::recurrence_of(slots.cu, shape, slot, size));
             index = slot - static_cast<int>(s4d::detail::first_tile(slots.cu, recurrence, slots.length, size));
-            const RowRange range = device::checked_rows(slots.cu, recurrence, slots.length, nullptr);
+            const RowRange range = device::checked_rows(slots.cu, recurrence, slots.length);
             begin = static_cast<int>(range.begin);
             end = static_cast<int>(range.end);
             batch_ = 0;

@@ -193,7 +193,7 @@ __device__ void dot_columns(const ScanScratch& l, const c64* X, Index queries, I
 /// Eq. 3 to 6, by way of eq. 8.
 template <class T, class P>
 __global__ void __launch_bounds__(block_threads)
-    scan_forward_kernel(ScanLayout layout, Inputs<T, P> in, Outputs<T> out, std::uint32_t* flags) {
+    scan_forward_kernel(ScanLayout layout, Inputs<T, P> in, Outputs<T> out) {
     const Options& options = layout.options;
     const Shape& s = layout.shape;
     const Index h = blockIdx.x, part = blockIdx.y, queries = s.group(), R = s.features, d = s.value_dim;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(block_threads)
     __syncthreads();
     for (Index i = part; i < s.states(); i += layout.parts) {
         const Index b = s.packed() ? 0 : i;
-        const RowRange rows = device::checked_rows(in.cu_seqlens, i, s.length, threadIdx.x == 0 ? flags : nullptr);
+        const RowRange rows = device::checked_rows(in.cu_seqlens, i, s.length);
         load_recurrence(l, s, in.x0, in.eta0, i, h, false, l.x);
         for (Index t = rows.begin; t < rows.end; ++t) {
             stage_token(in, s, l.width, b, t, h, l.z);
@@ -310,7 +310,7 @@ __device__ void scan_token_backward(const ScanScratch& l, const Options& options
 
 template <class T, class P>
 __global__ void __launch_bounds__(block_threads)
-    scan_backward_kernel(ScanLayout layout, Inputs<T, P> in, Upstream<T> upstream, Grads<T, P> grads, std::uint32_t* flags) {
+    scan_backward_kernel(ScanLayout layout, Inputs<T, P> in, Upstream<T> upstream, Grads<T, P> grads) {
     const Options& options = layout.options;
     const Shape& s = layout.shape;
     const Index h = blockIdx.x, part = blockIdx.y;
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(block_threads)
     __syncthreads();
     for (Index i = part; i < s.states(); i += layout.parts) {
         const Index b = s.packed() ? 0 : i;
-        const RowRange rows = device::checked_rows(in.cu_seqlens, i, s.length, threadIdx.x == 0 ? flags : nullptr);
+        const RowRange rows = device::checked_rows(in.cu_seqlens, i, s.length);
         const Index length = rows.end - rows.begin, stretches = ceil_div(length, scan_stretch);
         c64* const kept = layout.kept + (h * scan_slots(s) + scan_slot(s, i, rows.begin)) * state;
         load_recurrence(l, s, in.x0, in.eta0, i, h, false, l.x);
@@ -410,7 +410,7 @@ Status run_scan_forward(const cuda& exec, const Options& options, const Inputs<T
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.o, in.cu_seqlens));
     if (s.states() == 0) return {};
     return launch(exec, "scan_forward_kernel", scan_forward_kernel<T, P>, {scan_grid(layout), dim3(block_threads)}, layout,
-                  in, out, exec.flags);
+                  in, out);
 }
 
 template <class T, class P>
@@ -423,7 +423,7 @@ Status run_scan_backward(const cuda& exec, const Options& options, const Inputs<
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.k, in.cu_seqlens));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.v, in.cu_seqlens));
     INTERSTATE_RETURN_IF_ERROR(launch(exec, "scan_backward_kernel", scan_backward_kernel<T, P>,
-                                      {scan_grid(layout), dim3(block_threads)}, layout, in, upstream, grads, exec.flags));
+                                      {scan_grid(layout), dim3(block_threads)}, layout, in, upstream, grads));
     const auto& g = grads.params;
     if (!(g.log_dt || g.log_neg_re || g.im || g.B || g.C)) return {};
     return launch(exec, "scan_finish_kernel", scan_finish_kernel<P>,

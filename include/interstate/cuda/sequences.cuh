@@ -1,4 +1,4 @@
-// cu_seqlens as a kernel sees it: checked where it lives, kept in bounds, reported by a flag.
+// cu_seqlens on the device: kept in bounds by every kernel, checked and reported by one.
 #pragma once
 
 #include <interstate/cuda/launch.cuh>
@@ -7,14 +7,11 @@
 namespace interstate::inline INTERSTATE_ABI {
 namespace device {
 
-/// Rows of sequence i, clamped into [0, length]. Offsets that decrease or leave the range set
-/// flag_bad_cu_seqlens (an integer OR: the order of threads does not matter).
-__device__ inline RowRange checked_rows(const View<const std::int32_t, 1>& cu, Index i, Index length,
-                                        std::uint32_t* flags) {
+/// Rows of sequence i, clamped into [0, length]; that offsets are wrong is for check_offsets to say.
+__device__ inline RowRange checked_rows(const View<const std::int32_t, 1>& cu, Index i, Index length) {
     if (!cu) return {0, length};
     const Index begin = cu(i), end = cu(i + 1);
     if (begin >= 0 && begin <= end && end <= length) return {begin, end};
-    if (flags) atomicOr(flags, flag_bad_cu_seqlens);
     const Index b = begin < 0 ? 0 : begin > length ? length : begin;
     return {b, end < b ? b : end > length ? length : end};
 }
@@ -43,7 +40,8 @@ Status zero_outside(const cuda& exec, const View<T, Rank>& x, const View<const s
                   {dim3(static_cast<unsigned>(x.extent[1])), dim3(128)}, x, cu);
 }
 
-/// Sets flag_bad_cu_seqlens where an offset is below the one before it, or leaves [0, length].
+/// Sets flag_bad_cu_seqlens where an offset is below the one before it, or leaves [0, length] (an integer OR: the
+/// order of threads does not matter).
 template <class Offset>
 __global__ void check_offsets_kernel(View<const Offset, 1> cu, Index length, std::uint32_t* flags) {
     const Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -51,7 +49,7 @@ __global__ void check_offsets_kernel(View<const Offset, 1> cu, Index length, std
     if (cu(i) < (i > 0 ? cu(i - 1) : 0) || cu(i) > length) atomicOr(flags, flag_bad_cu_seqlens);
 }
 
-/// For kernels that keep cu_seqlens in bounds without checking all of it.
+/// The same as a call, once for every forward and backward: their kernels only keep cu_seqlens in bounds.
 inline Status check_offsets(const cuda& exec, const View<const std::int32_t, 1>& cu, Index length) {
     if (!cu || !exec.flags) return {};
     return launch(exec, "check_offsets_kernel", check_offsets_kernel<std::int32_t>,

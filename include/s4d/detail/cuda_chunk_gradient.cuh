@@ -289,7 +289,7 @@ struct Tiles {
         last_slot = slot + each < slots ? slot + each : slots;
         if (!more()) return;
         i = recurrence_of(cu, s, slot, tile);
-        const RowRange range = device::checked_rows(cu, i, length, nullptr);
+        const RowRange range = device::checked_rows(cu, i, length);
         const Index first = first_tile(cu, i, length, tile);
         if (slot < first) slot = first;  // before the first recurrence
         row = range.begin + (slot - first) * tile;
@@ -311,7 +311,7 @@ struct Tiles {
         while (row >= end && more()) {
             slot = ++i < recurrences ? first_tile(cu, i, length, tile) : last_slot;
             if (!more()) return;
-            const RowRange range = device::checked_rows(cu, i, length, nullptr);
+            const RowRange range = device::checked_rows(cu, i, length);
             row = range.begin;
             end = range.end;
         }

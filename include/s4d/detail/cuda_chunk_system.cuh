@@ -102,10 +102,10 @@ struct Segment {
     __device__ int count(int k) const { return k == last_of_all ? tokens_of_it : tile; }
 };
 __device__ inline Segment segment_of(const View<const std::int32_t, 1>& cu, Index length, Index unit, int segments,
-                                     int segment_tiles, int tile, std::uint32_t* flags) {
+                                     int segment_tiles, int tile) {
     const Index i = unit / segments;
     const int j = static_cast<int>(unit % segments);
-    const RowRange rows = device::checked_rows(cu, i, length, threadIdx.x == 0 ? flags : nullptr);
+    const RowRange rows = device::checked_rows(cu, i, length);
     const int tiles = static_cast<int>(ceil_div(rows.end - rows.begin, tile));
     Segment s{i, cu ? 0 : i, rows.begin, rows.end - rows.begin, j * segment_tiles, (j + 1) * segment_tiles, tiles - 1,
               static_cast<int>(rows.end - rows.begin - static_cast<Index>(tiles - 1) * tile), tile};
@@ -141,7 +141,7 @@ enum class Leaves { states, y, part };
 template <class T, Leaves leaves>
 __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2)
     chunked_system_kernel(SystemRun<T> run, const acc_t<T>* tables, complex<acc_t<T>>* segment_states, int segments,
-                          int segment_tiles, std::uint32_t* flags) {
+                          int segment_tiles) {
     using A = acc_t<T>;
     using Tile = SystemTile<T>;
     constexpr bool states_only = leaves == Leaves::states;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
     auto* const tiles = reinterpret_cast<typename Tile::Element*>(all_tables + G * (at.size() + 8 * at.groups));
     auto* const tile = tiles + warp * Tile::stride;
 
-    const Segment seg = segment_of(run.cu, L, unit, segments, segment_tiles, tile_size, flags);
+    const Segment seg = segment_of(run.cu, L, unit, segments, segment_tiles, tile_size);
     const bool whole = segments == 1;
     TileMover<T, Interleave::by_token> mover(G, h0, H, lane.thread, tiles + G * Tile::stride);
     const bool wide_u = mover.wide(run.u, h0, H), wide_y = mover.wide(run.y, h0, H);
@@ -338,7 +338,7 @@ __global__ void combine_segments_kernel(View<const std::int32_t, 1> cu, Shape sh
         if (conjugate) x = conj(x);
     }
     const auto tokens = [&](int j) {
-        const Segment s = segment_of(cu, shape.length, i * segments + j, segments, segment_tiles, tile, nullptr);
+        const Segment s = segment_of(cu, shape.length, i * segments + j, segments, segment_tiles, tile);
         const Index last = static_cast<Index>(s.last) * tile, end = last < s.length ? last : s.length;
         const Index begin = static_cast<Index>(s.first) * tile;
         return end > begin ? end - begin : Index{0};

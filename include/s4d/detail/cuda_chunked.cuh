@@ -124,8 +124,7 @@ struct Chunked {
                           {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(32 * G)),
                            static_cast<std::size_t>(G) * bytes},
                           run, tables.data + tables_at(s, i),
-                          scratch.segment_states ? scratch.segment_states + run.modes.first : nullptr, n, segment_tiles,
-                          exec.flags);
+                          scratch.segment_states ? scratch.segment_states + run.modes.first : nullptr, n, segment_tiles);
         };
         if (n > 1) {
             for (Index i = 0; i < runs(s); ++i)

@@ -289,7 +289,7 @@ class FftRun {
   private:
     int halves() const { return s_.bidirectional ? 2 : 1; }
     A scale() const { return A(1) / static_cast<A>(w_.n); }
-    Recurrence recurrence(Index i) const { return {in_.cu_seqlens, i, s_.length, exec_.flags}; }
+    Recurrence recurrence(Index i) const { return {in_.cu_seqlens, i, s_.length}; }
     View<A, 2> rows(Index length) const { return view(w_.rows, {s_.channels, length}, {w_.n, Index{1}}); }
 
     LaunchShape channels() const { return {dim3(static_cast<unsigned>(s_.channels)), dim3(finish_threads)}; }

@@ -73,7 +73,6 @@ INTERSTATE_HD X power_of(X a, Index exponent) {
 struct Recurrence {
     View<const std::int32_t, 1> cu{};
     Index i = 0, length = 0;
-    std::uint32_t* flags = nullptr;
 };
 
 /// A tensor (channels, length of the recurrence), read or written from its first lag or from its last.
@@ -91,9 +90,7 @@ struct KernelCoefficient {
 
 inline namespace INTERSTATE_KERNELS {
 
-__device__ inline RowRange rows_of(const Recurrence& r) {
-    return device::checked_rows(r.cu, r.i, r.length, r.flags);
-}
+__device__ inline RowRange rows_of(const Recurrence& r) { return device::checked_rows(r.cu, r.i, r.length); }
 __device__ inline Index length_of(const Recurrence& r) {
     const RowRange rows = rows_of(r);
     return rows.end - rows.begin;

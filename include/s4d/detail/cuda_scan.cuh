@@ -104,15 +104,14 @@ struct ScanPlace {
 
 template <class T>
 __global__ void __launch_bounds__(scan_threads)
-    scan_system_kernel(SystemRun<T> run, const ScanMode<acc_t<T>>* modes, const acc_t<T>* K0, c64* carry,
-                       std::uint32_t* flags) {
+    scan_system_kernel(SystemRun<T> run, const ScanMode<acc_t<T>>* modes, const acc_t<T>* K0, c64* carry) {
     using A = acc_t<T>;
     using Scan = cub::BlockScan<Affine, scan_threads>;
     __shared__ typename Scan::TempStorage scan_storage;
 
     const Index H = run.shape.channels, N = run.shape.modes;
     const Index h = static_cast<Index>(blockIdx.x) % H, i = static_cast<Index>(blockIdx.x) / H;
-    const RowRange rows = device::checked_rows(run.cu, i, run.shape.length, threadIdx.x == 0 ? flags : nullptr);
+    const RowRange rows = device::checked_rows(run.cu, i, run.shape.length);
     const Index b = run.cu ? 0 : i;
     modes += h * N;
     carry += (i * H + h) * N;
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(scan_threads)
     const Index slots = tile_count(run.shape, scan_tile);
     for (Index slot = blockIdx.y; slot < slots; slot += gridDim.y) {
         const Index i = recurrence_of(run.cu, run.shape, slot, scan_tile);
-        const RowRange rows = device::checked_rows(run.cu, i, run.shape.length, nullptr);
+        const RowRange rows = device::checked_rows(run.cu, i, run.shape.length);
         const Index begin = rows.begin + (slot - first_tile(run.cu, i, run.shape.length, scan_tile)) * scan_tile;
         if (begin < rows.begin || begin >= rows.end) continue;  // a number that no tile has
         const int count = static_cast<int>(rows.end - begin < scan_tile ? rows.end - begin : scan_tile);
@@ -297,7 +296,7 @@ struct Scanned {
         INTERSTATE_RETURN_IF_ERROR(check_size("u: recurrences, blocks of a grid,", blocks));
         return launch(exec, "scan_system_kernel", scan_system_kernel<T>,
                       {dim3(static_cast<unsigned>(blocks)), dim3(scan_threads)}, run, tables.modes, tables.K0,
-                      scratch.carry, exec.flags);
+                      scratch.carry);
     }
     static Status gradient(const cuda& exec, const SystemRun<T>& run, const View<const T, 3>& dy, const SystemMode*,
                            const Tables& tables, const Tables&, const complex<A>* exchanged_checkpoints,
