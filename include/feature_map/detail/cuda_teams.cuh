@@ -38,6 +38,26 @@ struct Chunk {
     }
 };
 
+/// How a lane moves its channels of a row.
+enum class Move : std::int32_t {
+    none,      // all are beyond the head
+    whole,     // at once
+    halves,    // each half at once
+    elements,  // one by one
+};
+
+/// Keeps the compiler from computing a number, or a pointer to global memory, again wherever it is used.
+__device__ inline int kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+template <class E>
+__device__ E* kept(E* p) {
+    asm volatile("" : "+l"(p));
+    __builtin_assume(__isGlobal(p));
+    return p;
+}
+
 /// A lane's channels: E in a row or, where RoPE turns channels of both halves, E/2 of each.
 template <class T, int E>
 struct Lane {
@@ -57,21 +77,29 @@ struct Lane {
     __device__ int channel(int j) const { return start + place(j); }
     __device__ bool valid(int j) const { return (halves ? j % width : j) < limit; }
 
-    /// From the place of the lane's first channel into its slot: asynchronous where wide. Channels beyond the head are
-    /// zeros, or, where wide, left alone.
-    __device__ void fetch(T* slot, const T* from, Index stride, bool wide) const {
+    __device__ Move move(bool wide) const {
+        return static_cast<Move>(kept(static_cast<int>(!wide ? Move::elements : limit <= 0 ? Move::none : halves ? Move::halves : Move::whole)));
+    }
+
+    template <int bytes>
+    __device__ static void start_copy(T* slot, const T* from) {
+        if constexpr (bytes == 16)
+            device::copy_async_16(slot, from, true);
+        else
+            device::copy_async<bytes>(slot, from);
+    }
+    /// From the place of the lane's first channel into its slot: asynchronous but for elements. Of channels beyond the head
+    /// elements are zeros; else they are left alone.
+    __device__ void fetch(T* slot, const T* from, Index stride, Move move) const {
         constexpr int bytes = width * static_cast<int>(sizeof(T));
-        if (wide) {
-            if (limit <= 0) return;
-            if constexpr (bytes == 16) {
-                device::copy_async_16(slot, from, true);
-                device::copy_async_16(slot + width, from + half, true);
-            } else if (halves) {
-                device::copy_async<bytes>(slot, from);
-                device::copy_async<bytes>(slot + width, from + half);
-            } else {
-                device::copy_async_16(slot, from, true);
-            }
+        if (move == Move::none) return;
+        if (move == Move::whole && bytes < 16) {
+            start_copy<bytes == 16 ? 16 : 2 * bytes>(slot, from);
+            return;
+        }
+        if (move != Move::elements) {
+            start_copy<bytes>(slot, from);
+            start_copy<bytes>(slot + width, from + half);
             return;
         }
 #pragma unroll 1
@@ -114,49 +142,51 @@ struct Lane {
         memcpy(&chunk, pair, sizeof chunk);
         return chunk;
     }
-    /// To the place of the lane's first channel; single elements go through `scratch`.
-    __device__ void store(T* to, Index stride, bool wide, const A (&x)[E], T* scratch) const {
+    /// To the place of the lane's first channel; elements go through `scratch`.
+    __device__ void store(T* to, Index stride, Move move, const A (&x)[E], T* scratch) const {
         const Chunk<T, E> chunk = pack(x);
-        if (wide) {
-            if (limit <= 0) return;
-            if (halves) {
-                Chunk<T, width> part[2];
-                memcpy(part, &chunk, sizeof chunk);
-                part[0].store(to);
-                part[1].store(to + half);
-            } else {
-                chunk.store(to);
-            }
-            return;
+        if (move == Move::whole) {
+            chunk.store(to);
+        } else if (move == Move::halves) {
+            Chunk<T, width> part[2];
+            memcpy(part, &chunk, sizeof chunk);
+            part[0].store(to);
+            part[1].store(to + half);
+        } else if (move == Move::elements) {
+            chunk.store(scratch);
+            copy(to, stride, scratch);
         }
-        chunk.store(scratch);
+    }
+    /// From a slot, one by one.
+    __device__ void copy(T* to, Index stride, const T* slot) const {
 #pragma unroll 1
         for (int j = 0; j < E; ++j, to += stride) {
             if (j == width) to += (half - width) * stride;
-            if (valid(j)) *to = scratch[j];
+            if (valid(j)) *to = slot[j];
         }
     }
 };
 
 /// E numbers of every thread in shared memory rather than in registers, 16 bytes of all threads side by side.
-template <class A, int E>
+template <class A, int E, int threads>
 struct Parked {
     static constexpr int words = E * static_cast<int>(sizeof(A)) / 16;
-    uint4* data;
+    uint4* data;  // the thread's first
 
     __device__ void put(const A (&x)[E]) const {
         uint4 word[words];
         memcpy(word, x, sizeof word);
 #pragma unroll
-        for (int i = 0; i < words; ++i) data[i * blockDim.x + threadIdx.x] = word[i];
+        for (int i = 0; i < words; ++i) data[i * threads] = word[i];
     }
     __device__ void get(A (&x)[E]) const {
         uint4 word[words];
 #pragma unroll
-        for (int i = 0; i < words; ++i) word[i] = data[i * blockDim.x + threadIdx.x];
+        for (int i = 0; i < words; ++i) word[i] = data[i * threads];
         memcpy(x, word, sizeof word);
     }
-    __device__ Parked next() const { return {data + words * blockDim.x}; }
+    /// The i-th of several.
+    __device__ Parked at(int i) const { return {data + i * words * threads}; }
 };
 
 /// How a grid of teams covers heads and rows; a function of the shape alone.
@@ -195,8 +225,9 @@ template <class T>
 inline constexpr int team_elements = sizeof(T) == 8 ? 4 : 8;
 inline int elements_of(const Shape& s) { return s.dtype == DType::f64 ? team_elements<double> : team_elements<float>; }
 inline bool fits_teams(const Shape& s) { return s.features <= 32 * elements_of(s) && s.taps <= team_taps; }
-inline TeamPlan forward_plan(const Shape& s) { return {s, elements_of(s), 256, Index{1} << 16, 1, 128}; }
-inline TeamPlan backward_plan(const Shape& s) { return {s, elements_of(s), 128, Index{1} << 15, 8, 1024}; }
+inline constexpr int forward_threads = 256, backward_threads = 128;  // of a block, at most
+inline TeamPlan forward_plan(const Shape& s) { return {s, elements_of(s), forward_threads, Index{1} << 16, 1, 128}; }
+inline TeamPlan backward_plan(const Shape& s) { return {s, elements_of(s), backward_threads, Index{1} << 15, 8, 1024}; }
 
 inline namespace INTERSTATE_KERNELS {
 
@@ -225,19 +256,20 @@ template <class T, int taps, int E, bool backward>
 struct TeamBlock {
     using A = acc_t<T>;
     static constexpr int past = taps - 1, tensors = backward ? 2 : 1, parked = backward ? 0 : 2;
+    static constexpr int threads = backward ? backward_threads : forward_threads;
     double* frequencies;  // (pitch)
     A* angles;            // (2, stretches, chunk, pitch, 2)
     TeamRow* rows;        // (stretches, 3, chunk)
-    Parked<A, E> parameters;
+    Parked<A, E, threads> park;
     T* slots;             // (stages * tensors + 1, threads, E): the last is scratch
     int pitch, lane, stretch;
     Index h, first, last;  // head; own rows [first, last)
 
     static std::size_t shared(const TeamPlan& plan, bool rope) {
         const auto rows = static_cast<std::size_t>(plan.stretches * plan.chunk), pitch = static_cast<std::size_t>(rope ? plan.pitch : 0);
-        const auto elements = static_cast<std::size_t>(plan.threads * E);
+        constexpr std::size_t elements = threads * E;
         return sizeof(double) * pitch + 2 * rows * pitch * 2 * sizeof(A) + 3 * rows * sizeof(TeamRow) +
-               elements * (static_cast<std::size_t>(parked) * sizeof(A) + (team_stages * tensors + 1) * sizeof(T));
+               elements * (parked * sizeof(A) + (team_stages * tensors + 1) * sizeof(T));
     }
     __device__ TeamBlock(const Problem<T>& p, const TeamPlan& plan) {
         extern __shared__ __align__(16) unsigned char memory[];
@@ -245,8 +277,9 @@ struct TeamBlock {
         frequencies = reinterpret_cast<double*>(memory);
         angles = reinterpret_cast<A*>(frequencies + pitch);
         rows = reinterpret_cast<TeamRow*>(angles + 2 * plan.stretches * plan.chunk * pitch * 2);
-        parameters.data = reinterpret_cast<uint4*>(rows + 3 * plan.stretches * plan.chunk);
-        slots = reinterpret_cast<T*>(parameters.data + parked * parameters.words * blockDim.x) + threadIdx.x * E;
+        uint4* const parks = reinterpret_cast<uint4*>(rows + 3 * plan.stretches * plan.chunk);
+        park.data = parks + threadIdx.x;
+        slots = reinterpret_cast<T*>(parks + parked * park.words * threads) + threadIdx.x * E;
         const int team = static_cast<int>(threadIdx.x) / plan.lanes;
         lane = static_cast<int>(threadIdx.x) % plan.lanes;
         stretch = team / plan.heads;
@@ -255,13 +288,13 @@ struct TeamBlock {
         last = min(first + plan.span, p.s.rows());
         const Chunk<T, E> zeros{};
 #pragma unroll 1
-        for (int i = 0; i < team_stages * tensors; ++i) zeros.store(slots + i * blockDim.x * E);
+        for (int i = 0; i < team_stages * tensors; ++i) zeros.store(slots + i * threads * E);
         for (int i = threadIdx.x; i < pitch; i += blockDim.x) frequencies[i] = frequency(p.base, p.s.features, i);
     }
     __device__ static Index first_row(const TeamPlan& plan, int stretch) {
         return (static_cast<Index>(blockIdx.x) * plan.stretches + stretch) * plan.span;
     }
-    __device__ T* slot(int stage, int tensor) const { return slots + (stage * tensors + tensor) * blockDim.x * E; }
+    __device__ T* slot(int stage, int tensor) const { return slots + (stage * tensors + tensor) * threads * E; }
     __device__ T* scratch() const { return slot(team_stages, 0); }
 
     /// Rows of the stretch: the taps-1 before, its own and, backward, the taps-1 after.
@@ -317,23 +350,23 @@ struct TeamBlock {
     template <class Fetch, class Run>
     __device__ void walk(const Problem<T>& p, const TeamPlan& plan, Fetch&& fetch, Run&& run) const {
         constexpr unsigned lead = team_stages - 1;
-        const int chunks = static_cast<int>(ceil_div(count(plan), plan.chunk)), kinds = h < p.s.heads ? -1 : 0;
-        const TeamRow* const begin = rows + stretch * 3 * plan.chunk;
-        const TeamRow* const end = begin + 3 * plan.chunk;
-        const TeamRow *now = begin, *ahead = begin;
+        const int rows_here = static_cast<int>(count(plan)), chunks = (rows_here + plan.chunk - 1) / plan.chunk, kinds = kept(h < p.s.heads ? -1 : 0);
+        const int ring = kept(3 * plan.chunk);
+        const TeamRow* const own = rows + stretch * ring;
+        int now = 0, ahead = 0;
         for (int c = -2; c < chunks; ++c) {
             if (c >= -1) {
                 // Before the first chunk there is nothing to work on, but its first rows are fetched.
                 const A* angle = angles + ((c & 1) * plan.stretches + stretch) * plan.chunk * pitch * 2 + lane * E;
 #pragma unroll 1
-                for (unsigned i = c < 0 ? plan.chunk - lead : 0; i < static_cast<unsigned>(plan.chunk); ++i) {
-                    fetch(*ahead, ahead->kind & kinds, (i + lead) % team_stages);
+                for (unsigned i = c < 0 ? plan.chunk - lead : 0; i < static_cast<unsigned>(min(plan.chunk, rows_here - c * plan.chunk)); ++i) {
+                    fetch(own[ahead], own[ahead].kind & kinds, (i + lead) % team_stages);
                     device::commit_copies();
-                    if (++ahead == end) ahead = begin;
+                    ahead = ahead + 1 == ring ? 0 : ahead + 1;
                     if (c < 0) continue;
                     device::wait_for_all_but<static_cast<int>(lead)>();
-                    run(*now, now->kind & kinds, i % team_stages, angle);
-                    if (++now == end) now = begin;
+                    run(own[now], own[now].kind & kinds, i % team_stages, angle);
+                    now = now + 1 == ring ? 0 : now + 1;
                     angle += pitch * 2;
                 }
             }
@@ -353,54 +386,99 @@ struct TeamBlock {
     }
 };
 
-/// The convolution in registers: weights, and the rows of x that it looks at, the last the token's own.
+/// The convolution's weights in registers.
 template <class T, int taps, int E>
-struct Window {
+struct Weights {
     using A = acc_t<T>;
-    A x[taps][E], weight[taps][E], bias[E];
+    A weight[taps][E], bias[E];
     int missing;  // taps that the weight does not have: the first
 
-    __device__ Window(const Problem<T>& p, const Lane<T, E>& lane, Index h) : missing(taps - max(static_cast<int>(p.s.taps), 1)) {
+    __device__ Weights(const Problem<T>& p, const Lane<T, E>& lane, Index h) : missing(taps - max(static_cast<int>(p.s.taps), 1)) {
         lane.load(p.conv_bias, h * p.conv_bias.stride[0], p.conv_bias.stride[1], bias, A(0));
 #pragma unroll
         for (int k = 0; k < taps; ++k) {
 #pragma unroll
-            for (int j = 0; j < E; ++j) x[k][j] = weight[k][j] = A(0);
+            for (int j = 0; j < E; ++j) weight[k][j] = A(0);
             if (k >= missing) lane.load(p.weight, p.weight.at(h, 0, k - missing), p.weight.stride[1], weight[k], A(1));
         }
     }
-    __device__ void shift() {
+};
+/// push(slot), with the slot of every row before the first of a sequence.
+template <class T, int E, class Push>
+__device__ void push_state(const Problem<T>& p, const Lane<T, E>& lane, const TeamRow& row, Index h, T* scratch, Push&& push) {
+    if (!p.conv0) return;
+#pragma unroll 1
+    for (int i = 0; i < static_cast<int>(p.s.past()); ++i) {
+        lane.fetch(scratch, state_row(p.conv0, row.index, i, h) + lane.start * p.conv0.stride[3], p.conv0.stride[3], Move::elements);
+        push(scratch);
+    }
+}
+
+/// eq. 1 as it comes about row by row: what the rows so far give to tokens to come.
+template <class T, int taps, int E>
+struct Convolution : Weights<T, taps, E> {
+    using A = acc_t<T>;
+    A begun[taps][E];  // of the token that many ahead; the last is the bias
+
+    __device__ Convolution(const Problem<T>& p, const Lane<T, E>& lane, Index h) : Weights<T, taps, E>(p, lane, h) { clear(); }
+    __device__ void clear() {
+#pragma unroll
+        for (int k = 0; k < taps; ++k)
+#pragma unroll
+            for (int j = 0; j < E; ++j) begun[k][j] = this->bias[j];
+    }
+    __device__ void push(const T* slot, A (&c)[E]) {
+        A x[E];
+        Lane<T, E>::read(slot, x);
+#pragma unroll
+        for (int j = 0; j < E; ++j) c[j] = begun[0][j] + this->weight[taps - 1][j] * x[j];
+        const auto add = [&](int k) {
+#pragma unroll
+            for (int j = 0; j < E; ++j) begun[k][j] = begun[k + 1][j] + this->weight[taps - 2 - k][j] * x[j];
+        };
+        if (this->missing == 0) {
+#pragma unroll
+            for (int k = 0; k + 1 < taps; ++k) add(k);
+            return;
+        }
+#pragma unroll
+        for (int k = 0; k + 1 < taps; ++k)  // a missing tap must not see a NaN
+            if (taps - 2 - k >= this->missing)
+                add(k);
+            else
+#pragma unroll
+                for (int j = 0; j < E; ++j) begun[k][j] = begun[k + 1][j];
+    }
+};
+
+/// eq. 1 with the rows of x that it looks at, the last the token's own, which the weight's gradient needs too.
+template <class T, int taps, int E>
+struct Window : Weights<T, taps, E> {
+    using A = acc_t<T>;
+    A x[taps][E] = {};
+
+    using Weights<T, taps, E>::Weights;
+    __device__ void clear() {
+#pragma unroll
+        for (int k = 0; k < taps; ++k)
+#pragma unroll
+            for (int j = 0; j < E; ++j) x[k][j] = A(0);
+    }
+    __device__ void push(const T* slot) {
 #pragma unroll
         for (int k = 0; k + 1 < taps; ++k)
 #pragma unroll
             for (int j = 0; j < E; ++j) x[k][j] = x[k + 1][j];
-    }
-    __device__ void push(const T* slot) {
-        shift();
         Lane<T, E>::read(slot, x[taps - 1]);
     }
-    /// Rows before the first of a sequence.
-    __device__ void start(const Problem<T>& p, const Lane<T, E>& lane, const TeamRow& row, Index h, T* scratch) {
-#pragma unroll 1
-        for (int k = 0; k + 1 < taps; ++k) {
-            if (p.conv0 && k >= missing) {
-                lane.fetch(scratch, state_row(p.conv0, row.index, k - missing, h) + lane.start * p.conv0.stride[3], p.conv0.stride[3], false);
-            } else {
-                const Chunk<T, E> zeros{};
-                zeros.store(scratch);
-            }
-            push(scratch);
-        }
-    }
-    /// eq. 1. What a missing tap would look at may be anything.
     __device__ void convolve(A (&c)[E]) const {
 #pragma unroll
-        for (int j = 0; j < E; ++j) c[j] = bias[j] + weight[taps - 1][j] * x[taps - 1][j];
+        for (int j = 0; j < E; ++j) c[j] = this->bias[j] + this->weight[taps - 1][j] * x[taps - 1][j];
 #pragma unroll
         for (int k = taps - 2; k >= 0; --k)
-            if (k >= missing)
+            if (k >= this->missing)
 #pragma unroll
-                for (int j = 0; j < E; ++j) c[j] += weight[k][j] * x[k][j];
+                for (int j = 0; j < E; ++j) c[j] += this->weight[k][j] * x[k][j];
     }
 };
 
@@ -432,8 +510,8 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2) team_forward_kern
     const Block block(p, plan);
     const Lane<T, E> lane(p, block.lane);
     const Index h = min(block.h, p.s.heads - 1);  // an idle team reads the parameters of another
-    Window<T, taps, E> window(p, lane, h);
-    const Parked<A, E> parked_scale = block.parameters, parked_bias = parked_scale.next();
+    Convolution<T, taps, E> convolution(p, lane, h);
+    const auto parked_scale = block.park.at(0), parked_bias = block.park.at(1);
     if (p.rms) {
         A scale[E], bias[E];
         lane.load(p.scale, 0, p.scale.stride[0], scale, A(1));
@@ -441,29 +519,32 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2) team_forward_kern
         parked_scale.put(scale);
         parked_bias.put(bias);
     }
-    const T* const x = p.x.data + block.h * p.x.stride[2] + lane.start * p.x.stride[3];
-    T* const y = p.y.data + block.h * p.y.stride[2] + lane.start * p.y.stride[3];
+    const T* const x = kept(p.x.data + block.h * p.x.stride[2] + lane.start * p.x.stride[3]);
+    T* const y = kept(p.y.data + block.h * p.y.stride[2] + lane.start * p.y.stride[3]);
+    const Move move_x = lane.move(p.wide_x), move_y = lane.move(p.wide_y);
     block.walk(
         p, plan,
         [&](const TeamRow& row, int kind, int stage) {
-            if (kind & row_is_read) lane.fetch(block.slot(stage, 0), x + row.x, p.x.stride[3], p.wide_x);
+            if (kind & row_is_read) lane.fetch(block.slot(stage, 0), x + row.x, p.x.stride[3], move_x);
         },
         [&](const TeamRow& row, int kind, int stage, const A* angles) {
             A s[E];
-            if (kind & row_is_read) {
-                if (taps > 1 && (kind & row_starts)) window.start(p, lane, row, block.h, block.scratch());
-                window.push(block.slot(stage, 0));
+            if (taps > 1 && (kind & row_starts)) {
+                convolution.clear();
+                push_state(p, lane, row, block.h, block.scratch(), [&](const T* slot) { convolution.push(slot, s); });
             }
+            // Teams whose row is not read or not computed go along; what they make is not used.
+            convolution.push(block.slot(stage, 0), s);
             if (__any_sync(0xffffffffu, kind & row_is_computed)) {
-                window.convolve(s);
                 if (p.rope != Rope::none) rotate<false>(angles, lane.halves, s);
                 if (p.silu)
 #pragma unroll
                     for (int j = 0; j < E; ++j) s[j] *= sigmoid(s[j]);
                 if (p.normed) {
-                    A sum = A(0);
+                    A half[2] = {};
 #pragma unroll
-                    for (int j = 0; j < E; ++j) sum += s[j] * s[j];
+                    for (int j = 0; j < E; ++j) half[j % 2] += s[j] * s[j];
+                    A sum = half[0] + half[1];
                     block.sum(plan, sum);
                     const A gamma = inverse_root(p.slope * sum + p.norm_offset);
 #pragma unroll
@@ -477,19 +558,27 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2) team_forward_kern
                     for (int j = 0; j < E; ++j) s[j] = s[j] * scale[j] + bias[j];
                 }
             }
-            if (!(kind & row_is_stored)) return;
-            if (kind & row_is_zero)
+            if (__any_sync(0xffffffffu, kind & row_is_zero))
 #pragma unroll
-                for (int j = 0; j < E; ++j) s[j] = A(0);
-            lane.store(y + row.out, p.y.stride[3], p.wide_y, s, block.scratch());
-            if (taps > 1 && (kind & row_ends) && p.convT)
+                for (int j = 0; j < E; ++j) s[j] = kind & row_is_zero ? A(0) : s[j];
+            if (!(kind & row_is_stored)) return;
+            lane.store(y + row.out, p.y.stride[3], move_y, s, block.scratch());
+            if (taps == 1 || !(kind & row_ends) || !p.convT) return;
+            // From the oldest on: a step writes where conv0 is.
+            const int past = static_cast<int>(p.s.past());
 #pragma unroll 1
-                for (int k = 1; k < taps; ++k) {  // the sequence is over: its window can go
-                    window.shift();
-                    if (k > window.missing)
-                        lane.store(state_row(p.convT, row.index, k - 1 - window.missing, block.h) + lane.start * p.convT.stride[3],
-                                   p.convT.stride[3], false, window.x[0], block.scratch());
-                }
+            for (int i = 0; i < past; ++i) {
+                const int back = past - 1 - i, token_at = row.t - back;
+                T* const slot = block.scratch();
+                if (token_at >= 0)
+                    lane.fetch(slot, x + row.x - back * p.x.stride[1], p.x.stride[3], Move::elements);
+                else if (p.conv0)
+                    lane.fetch(slot, state_row(p.conv0, row.index, token_at + past, block.h) + lane.start * p.conv0.stride[3],
+                               p.conv0.stride[3], Move::elements);
+                else
+                    Chunk<T, E>{}.store(slot);
+                lane.copy(state_row(p.convT, row.index, i, block.h) + lane.start * p.convT.stride[3], p.convT.stride[3], slot);
+            }
         });
 }
 
@@ -505,25 +594,27 @@ __global__ void __launch_bounds__(128, 2) team_backward_kernel(Problem<T> p, Tea
     A scale[E], pending[taps][E] = {};  // pending[k]: de of the token k before the last
     A sum_scale[E] = {}, sum_bias[E] = {}, sum_conv_bias[E] = {}, sum_weight[taps][E] = {};
     lane.load(p.scale, 0, p.scale.stride[0], scale, A(1));
-    const T* const x = p.x.data + block.h * p.x.stride[2] + lane.start * p.x.stride[3];
-    const T* const dy = p.dy.data + block.h * p.dy.stride[2] + lane.start * p.dy.stride[3];
-    T* const dx = p.dx.data + block.h * p.dx.stride[2] + lane.start * p.dx.stride[3];
+    const T* const x = kept(p.x.data + block.h * p.x.stride[2] + lane.start * p.x.stride[3]);
+    const T* const dy = kept(p.dy.data + block.h * p.dy.stride[2] + lane.start * p.dy.stride[3]);
+    T* const dx = kept(p.dx.data + block.h * p.dx.stride[2] + lane.start * p.dx.stride[3]);
+    const Move move_x = lane.move(p.wide_x), move_dy = lane.move(p.wide_dy), move_dx = lane.move(p.wide_dx);
     block.walk(
         p, plan,
         [&](const TeamRow& row, int kind, int stage) {
-            if (kind & row_is_read) lane.fetch(block.slot(stage, 0), x + row.x, p.x.stride[3], p.wide_x);
-            if (kind & row_is_computed) lane.fetch(block.slot(stage, 1), dy + row.dy, p.dy.stride[3], p.wide_dy);
+            if (kind & row_is_read) lane.fetch(block.slot(stage, 0), x + row.x, p.x.stride[3], move_x);
+            if (kind & row_is_computed) lane.fetch(block.slot(stage, 1), dy + row.dy, p.dy.stride[3], move_dy);
         },
         [&](const TeamRow& row, int kind, int stage, const A* angles) {
             if (taps > 1 && (kind & row_starts)) {
-                window.start(p, lane, row, block.h, block.scratch());
+                window.clear();
+                push_state(p, lane, row, block.h, block.scratch(), [&](const T* slot) { window.push(slot); });
 #pragma unroll
                 for (int k = 0; k < taps; ++k)
 #pragma unroll
                     for (int j = 0; j < E; ++j) pending[k][j] = A(0);
             }
-            if (kind & row_is_read) window.push(block.slot(stage, 0));
-            // Teams whose row is not computed go along; what they make is not used.
+            // Teams whose row is not read or not computed go along; what they make is not used.
+            window.push(block.slot(stage, 0));
             if (__any_sync(0xffffffffu, kind & row_is_computed)) {
                 A s[E], g[E], slope[E];
                 window.convolve(s);
@@ -539,18 +630,19 @@ __global__ void __launch_bounds__(128, 2) team_backward_kernel(Problem<T> p, Tea
                 }
                 const bool own = kind & row_is_own;
                 if (p.normed) {
-                    A square = A(0), dot = A(0), product[E];
+                    A squares[2] = {}, dots[2] = {}, product[E];
 #pragma unroll
                     for (int j = 0; j < E; ++j) {
                         product[j] = g[j] * s[j];
-                        square += s[j] * s[j];
-                        dot += product[j] * scale[j];
+                        squares[j % 2] += s[j] * s[j];
+                        dots[j % 2] += product[j] * scale[j];
                     }
+                    A square = squares[0] + squares[1], dot = dots[0] + dots[1];
                     block.sum(plan, square, dot);
                     const A gamma = inverse_root(p.slope * square + p.norm_offset);
                     // eq. 11, in an order in which nothing overflows where s is tiny.
                     const A along = (p.slope * gamma * gamma) * (gamma * dot);
-                    if (own)
+                    if (own && p.rms)
 #pragma unroll
                         for (int j = 0; j < E; ++j) sum_scale[j] += product[j] * gamma, sum_bias[j] += g[j];
 #pragma unroll
@@ -569,21 +661,29 @@ __global__ void __launch_bounds__(128, 2) team_backward_kernel(Problem<T> p, Tea
                         for (int k = 0; k < taps; ++k) sum_weight[k][j] += g[j] * window.x[k][j];
                     }
                 // eq. 15: token t - k gets weight taps-1-k.
+                const auto add = [&](int k) {
 #pragma unroll
-                for (int k = taps - 1; k > 0; --k) {
+                    for (int j = 0; j < E; ++j) pending[k][j] = pending[k - 1][j] + window.weight[taps - 1 - k][j] * g[j];
+                };
+                if (window.missing == 0) {
 #pragma unroll
-                    for (int j = 0; j < E; ++j) pending[k][j] = pending[k - 1][j];
-                    if (k <= past)
+                    for (int k = taps - 1; k > 0; --k) add(k);
+                } else {
 #pragma unroll
-                        for (int j = 0; j < E; ++j) pending[k][j] += window.weight[taps - 1 - k][j] * g[j];
+                    for (int k = taps - 1; k > 0; --k)
+                        if (k <= past)
+                            add(k);
+                        else
+#pragma unroll
+                            for (int j = 0; j < E; ++j) pending[k][j] = pending[k - 1][j];
                 }
 #pragma unroll
                 for (int j = 0; j < E; ++j) pending[0][j] = window.weight[taps - 1][j] * g[j];
             }
-            if (kind & row_is_zero)
+            if (__any_sync(0xffffffffu, kind & row_is_zero))
 #pragma unroll
-                for (int j = 0; j < E; ++j) pending[taps - 1][j] = A(0);
-            if (kind & row_is_stored) lane.store(dx + row.out, p.dx.stride[3], p.wide_dx, pending[taps - 1], block.scratch());
+                for (int j = 0; j < E; ++j) pending[taps - 1][j] = kind & row_is_zero ? A(0) : pending[taps - 1][j];
+            if (kind & row_is_stored) lane.store(dx + row.out, p.dx.stride[3], move_dx, pending[taps - 1], block.scratch());
             if (taps == 1 || !(kind & row_is_rare)) return;
             // Other rows are whole: at the end of a sequence all, and near its first token one of conv0's.
             const bool ends = kind & row_ends;
@@ -597,16 +697,16 @@ __global__ void __launch_bounds__(128, 2) team_backward_kernel(Problem<T> p, Tea
                     if (ends && k < past && p.dconvT) {
                         A more[E];
                         lane.fetch(block.scratch(), state_row(p.dconvT, row.index, past - 1 - k, block.h) + lane.start * p.dconvT.stride[3],
-                                   p.dconvT.stride[3], false);
+                                   p.dconvT.stride[3], Move::elements);
                         Lane<T, E>::read(block.scratch(), more);
 #pragma unroll
                         for (int j = 0; j < E; ++j) de[j] += more[j];
                     }
                     if (token_at >= 0)
-                        lane.store(dx + row.out + (taps - 1 - k) * p.dx.stride[1], p.dx.stride[3], false, de, block.scratch());
+                        lane.store(dx + row.out + (taps - 1 - k) * p.dx.stride[1], p.dx.stride[3], Move::elements, de, block.scratch());
                     else
                         lane.store(state_row(p.dconv0, row.index, state, block.h) + lane.start * p.dconv0.stride[3],
-                                   p.dconv0.stride[3], false, de, block.scratch());
+                                   p.dconv0.stride[3], Move::elements, de, block.scratch());
                 }
                 if (!ends || k == 0) break;
 #pragma unroll
