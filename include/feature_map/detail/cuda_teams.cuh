@@ -1,10 +1,10 @@
 // The feature map on the GPU, for heads of up to 32 lanes of channels and up to 4 taps: a team of lanes a head.
 //
-// A team, 4 to 32 lanes of a warp, has E channels a lane in registers and walks along time. The rows that the convolution
-// looks back at stay in registers too, so that x is read once; sums over a head are shuffles. Teams of a block are
-// neighbouring heads of the same rows, which lie side by side in memory, then stretches of rows that follow each other.
-// What the heads of a row share is made once a block, in shared memory: where the row lies, what is to be done with it,
-// its cosines and sines. Rows come into shared memory a few ahead, every lane's channels into slots of its own.
+// A team, 4 to 32 lanes of a warp, has E channels a lane and walks along time. What the convolution needs of earlier rows
+// stays in registers, so that x is read once; sums over a head are shuffles. Teams of a block are neighbouring heads of the
+// same rows, which lie side by side in memory, then stretches of rows that follow each other. What the heads of a row share
+// is made once a block, in shared memory: where the row lies, what is to be done with it, its cosines and sines. Rows come
+// into shared memory a few ahead of their use, every lane's channels into slots of its own.
 //
 // Before its own rows a team reads the taps-1 that the first looks back at. Backward recomputes the stages; a row's dc
 // goes into taps pending rows of dx, also in registers, of which the oldest is then whole. A team goes on past its own
@@ -77,8 +77,12 @@ struct Lane {
     __device__ int channel(int j) const { return start + place(j); }
     __device__ bool valid(int j) const { return (halves ? j % width : j) < limit; }
 
+    /// The lane's first channel of a head of x.
+    template <class P>
+    __device__ P* first(P* head, const View<P, 4>& x) const { return head + start * x.stride[3]; }
     __device__ Move move(bool wide) const {
-        return static_cast<Move>(kept(static_cast<int>(!wide ? Move::elements : limit <= 0 ? Move::none : halves ? Move::halves : Move::whole)));
+        const Move move = !wide ? Move::elements : limit <= 0 ? Move::none : halves ? Move::halves : Move::whole;
+        return static_cast<Move>(kept(static_cast<int>(move)));
     }
 
     template <int bytes>
@@ -116,7 +120,7 @@ struct Lane {
         const auto take = [&](const auto* from) {
             from += at + start * stride;
 #pragma unroll
-            for (int j = 0; j < E; ++j) x[j] = valid(j) ? static_cast<A>(from[(j < width ? 0 : (half - width) * stride) + j * stride]) : A(0);
+            for (int j = 0; j < E; ++j) x[j] = valid(j) ? static_cast<A>(from[place(j) * stride]) : A(0);
         };
         if (!p.data)
 #pragma unroll
@@ -167,8 +171,11 @@ struct Lane {
     }
 };
 
-/// E numbers of every thread in shared memory rather than in registers, 16 bytes of all threads side by side.
-template <class A, int E, int threads>
+/// Threads whose places in shared memory lie side by side; blocks are whole numbers of them.
+inline constexpr int team_group = 128;
+
+/// E numbers of every thread in shared memory rather than in registers, 16 bytes of all threads of a group side by side.
+template <class A, int E>
 struct Parked {
     static constexpr int words = E * static_cast<int>(sizeof(A)) / 16;
     uint4* data;  // the thread's first
@@ -177,16 +184,16 @@ struct Parked {
         uint4 word[words];
         memcpy(word, x, sizeof word);
 #pragma unroll
-        for (int i = 0; i < words; ++i) data[i * threads] = word[i];
+        for (int i = 0; i < words; ++i) data[i * team_group] = word[i];
     }
     __device__ void get(A (&x)[E]) const {
         uint4 word[words];
 #pragma unroll
-        for (int i = 0; i < words; ++i) word[i] = data[i * threads];
+        for (int i = 0; i < words; ++i) word[i] = data[i * team_group];
         memcpy(x, word, sizeof word);
     }
     /// The i-th of several.
-    __device__ Parked at(int i) const { return {data + i * words * threads}; }
+    __device__ Parked at(int i) const { return {data + i * words * team_group}; }
 };
 
 /// How a grid of teams covers heads and rows; a function of the shape alone.
@@ -206,7 +213,7 @@ struct TeamPlan {
         while (lanes * elements < s.features) lanes *= 2;
         heads = 1;
         while (heads < most_threads / lanes && heads < s.heads) heads *= 2;
-        threads = heads * lanes < 128 ? 128 : heads * lanes;
+        threads = heads * lanes < team_group ? team_group : heads * lanes;
         stretches = threads / lanes / heads;
         pitch = lanes * elements / 2;
         chunk = 16;
@@ -225,7 +232,7 @@ template <class T>
 inline constexpr int team_elements = sizeof(T) == 8 ? 4 : 8;
 inline int elements_of(const Shape& s) { return s.dtype == DType::f64 ? team_elements<double> : team_elements<float>; }
 inline bool fits_teams(const Shape& s) { return s.features <= 32 * elements_of(s) && s.taps <= team_taps; }
-inline constexpr int forward_threads = 256, backward_threads = 128;  // of a block, at most
+inline constexpr int forward_threads = 2 * team_group, backward_threads = team_group;  // of a block, at most
 inline TeamPlan forward_plan(const Shape& s) { return {s, elements_of(s), forward_threads, Index{1} << 16, 1, 128}; }
 inline TeamPlan backward_plan(const Shape& s) { return {s, elements_of(s), backward_threads, Index{1} << 15, 8, 1024}; }
 
@@ -256,20 +263,20 @@ template <class T, int taps, int E, bool backward>
 struct TeamBlock {
     using A = acc_t<T>;
     static constexpr int past = taps - 1, tensors = backward ? 2 : 1, parked = backward ? 0 : 2;
-    static constexpr int threads = backward ? backward_threads : forward_threads;
+    static constexpr int places = team_stages * tensors + 1;  // of a thread for its channels: the last is scratch
     double* frequencies;  // (pitch)
     A* angles;            // (2, stretches, chunk, pitch, 2)
     TeamRow* rows;        // (stretches, 3, chunk)
-    Parked<A, E, threads> park;
-    T* slots;             // (stages * tensors + 1, threads, E): the last is scratch
+    Parked<A, E> park;
+    T* slots;             // (groups, places, team_group, E), from the thread's first on
     int pitch, lane, stretch;
     Index h, first, last;  // head; own rows [first, last)
 
     static std::size_t shared(const TeamPlan& plan, bool rope) {
-        const auto rows = static_cast<std::size_t>(plan.stretches * plan.chunk), pitch = static_cast<std::size_t>(rope ? plan.pitch : 0);
-        constexpr std::size_t elements = threads * E;
+        const auto rows = static_cast<std::size_t>(plan.stretches * plan.chunk), elements = static_cast<std::size_t>(plan.threads * E);
+        const auto pitch = static_cast<std::size_t>(rope ? plan.pitch : 0);
         return sizeof(double) * pitch + 2 * rows * pitch * 2 * sizeof(A) + 3 * rows * sizeof(TeamRow) +
-               elements * (parked * sizeof(A) + (team_stages * tensors + 1) * sizeof(T));
+               elements * (parked * sizeof(A) + places * sizeof(T));
     }
     __device__ TeamBlock(const Problem<T>& p, const TeamPlan& plan) {
         extern __shared__ __align__(16) unsigned char memory[];
@@ -278,8 +285,9 @@ struct TeamBlock {
         angles = reinterpret_cast<A*>(frequencies + pitch);
         rows = reinterpret_cast<TeamRow*>(angles + 2 * plan.stretches * plan.chunk * pitch * 2);
         uint4* const parks = reinterpret_cast<uint4*>(rows + 3 * plan.stretches * plan.chunk);
-        park.data = parks + threadIdx.x;
-        slots = reinterpret_cast<T*>(parks + parked * park.words * threads) + threadIdx.x * E;
+        const int group = static_cast<int>(threadIdx.x) / team_group, in_group = static_cast<int>(threadIdx.x) % team_group;
+        park.data = parks + group * parked * park.words * team_group + in_group;
+        slots = reinterpret_cast<T*>(parks + parked * park.words * plan.threads) + (group * places * team_group + in_group) * E;
         const int team = static_cast<int>(threadIdx.x) / plan.lanes;
         lane = static_cast<int>(threadIdx.x) % plan.lanes;
         stretch = team / plan.heads;
@@ -288,13 +296,13 @@ struct TeamBlock {
         last = min(first + plan.span, p.s.rows());
         const Chunk<T, E> zeros{};
 #pragma unroll 1
-        for (int i = 0; i < team_stages * tensors; ++i) zeros.store(slots + i * threads * E);
+        for (int i = 0; i + 1 < places; ++i) zeros.store(slots + i * team_group * E);
         for (int i = threadIdx.x; i < pitch; i += blockDim.x) frequencies[i] = frequency(p.base, p.s.features, i);
     }
     __device__ static Index first_row(const TeamPlan& plan, int stretch) {
         return (static_cast<Index>(blockIdx.x) * plan.stretches + stretch) * plan.span;
     }
-    __device__ T* slot(int stage, int tensor) const { return slots + (stage * tensors + tensor) * threads * E; }
+    __device__ T* slot(int stage, int tensor) const { return slots + (stage * tensors + tensor) * team_group * E; }
     __device__ T* scratch() const { return slot(team_stages, 0); }
 
     /// Rows of the stretch: the taps-1 before, its own and, backward, the taps-1 after.
@@ -333,7 +341,9 @@ struct TeamBlock {
     /// Chunk c of the rows, and the angles of the one before.
     __device__ void prepare(const Problem<T>& p, const TeamPlan& plan, int c) const {
         const int block_rows = plan.stretches * plan.chunk, shift = 31 - __clz(plan.pitch);
-        const auto at = [&](int i, int chunk) -> TeamRow& { return rows[(i / plan.chunk * 3 + chunk % 3) * plan.chunk + i % plan.chunk]; };
+        const auto at = [&](int i, int chunk) -> TeamRow& {
+            return rows[(i / plan.chunk * 3 + chunk % 3) * plan.chunk + i % plan.chunk];
+        };
         for (int i = threadIdx.x; i < block_rows; i += blockDim.x)
             at(i, c) = describe(p, plan, first_row(plan, i / plan.chunk), static_cast<Index>(c) * plan.chunk + i % plan.chunk);
         if (c == 0) return;
@@ -350,16 +360,17 @@ struct TeamBlock {
     template <class Fetch, class Run>
     __device__ void walk(const Problem<T>& p, const TeamPlan& plan, Fetch&& fetch, Run&& run) const {
         constexpr unsigned lead = team_stages - 1;
-        const int rows_here = static_cast<int>(count(plan)), chunks = (rows_here + plan.chunk - 1) / plan.chunk, kinds = kept(h < p.s.heads ? -1 : 0);
-        const int ring = kept(3 * plan.chunk);
+        const int total = static_cast<int>(count(plan)), chunks = (total + plan.chunk - 1) / plan.chunk;
+        const int ring = kept(3 * plan.chunk), kinds = kept(h < p.s.heads ? -1 : 0);
         const TeamRow* const own = rows + stretch * ring;
         int now = 0, ahead = 0;
         for (int c = -2; c < chunks; ++c) {
             if (c >= -1) {
                 // Before the first chunk there is nothing to work on, but its first rows are fetched.
+                const auto end = static_cast<unsigned>(min(plan.chunk, total - c * plan.chunk));
                 const A* angle = angles + ((c & 1) * plan.stretches + stretch) * plan.chunk * pitch * 2 + lane * E;
 #pragma unroll 1
-                for (unsigned i = c < 0 ? plan.chunk - lead : 0; i < static_cast<unsigned>(min(plan.chunk, rows_here - c * plan.chunk)); ++i) {
+                for (unsigned i = c < 0 ? plan.chunk - lead : 0; i < end; ++i) {
                     fetch(own[ahead], own[ahead].kind & kinds, (i + lead) % team_stages);
                     device::commit_copies();
                     ahead = ahead + 1 == ring ? 0 : ahead + 1;
@@ -409,7 +420,7 @@ __device__ void push_state(const Problem<T>& p, const Lane<T, E>& lane, const Te
     if (!p.conv0) return;
 #pragma unroll 1
     for (int i = 0; i < static_cast<int>(p.s.past()); ++i) {
-        lane.fetch(scratch, state_row(p.conv0, row.index, i, h) + lane.start * p.conv0.stride[3], p.conv0.stride[3], Move::elements);
+        lane.fetch(scratch, lane.first(state_row(p.conv0, row.index, i, h), p.conv0), p.conv0.stride[3], Move::elements);
         push(scratch);
     }
 }
@@ -504,7 +515,7 @@ __device__ void rotate(const A* angles, bool halves, A (&x)[E]) {
 }
 
 template <class T, int taps, int E>
-__global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2) team_forward_kernel(Problem<T> p, TeamPlan plan) {
+__global__ void __launch_bounds__(forward_threads, sizeof(T) == 8 ? 1 : 2) team_forward_kernel(Problem<T> p, TeamPlan plan) {
     using A = acc_t<T>;
     using Block = TeamBlock<T, taps, E, false>;
     const Block block(p, plan);
@@ -519,8 +530,8 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2) team_forward_kern
         parked_scale.put(scale);
         parked_bias.put(bias);
     }
-    const T* const x = kept(p.x.data + block.h * p.x.stride[2] + lane.start * p.x.stride[3]);
-    T* const y = kept(p.y.data + block.h * p.y.stride[2] + lane.start * p.y.stride[3]);
+    const T* const x = kept(lane.first(p.x.data + block.h * p.x.stride[2], p.x));
+    T* const y = kept(lane.first(p.y.data + block.h * p.y.stride[2], p.y));
     const Move move_x = lane.move(p.wide_x), move_y = lane.move(p.wide_y);
     block.walk(
         p, plan,
@@ -573,17 +584,18 @@ __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 1 : 2) team_forward_kern
                 if (token_at >= 0)
                     lane.fetch(slot, x + row.x - back * p.x.stride[1], p.x.stride[3], Move::elements);
                 else if (p.conv0)
-                    lane.fetch(slot, state_row(p.conv0, row.index, token_at + past, block.h) + lane.start * p.conv0.stride[3],
-                               p.conv0.stride[3], Move::elements);
+                    lane.fetch(slot, lane.first(state_row(p.conv0, row.index, token_at + past, block.h), p.conv0), p.conv0.stride[3],
+                               Move::elements);
                 else
                     Chunk<T, E>{}.store(slot);
-                lane.copy(state_row(p.convT, row.index, i, block.h) + lane.start * p.convT.stride[3], p.convT.stride[3], slot);
+                lane.copy(lane.first(state_row(p.convT, row.index, i, block.h), p.convT), p.convT.stride[3], slot);
             }
         });
 }
 
 template <class T, int taps, int E>
-__global__ void __launch_bounds__(128, 2) team_backward_kernel(Problem<T> p, TeamPlan plan, PartialSums<acc_t<T>> sums) {
+__global__ void __launch_bounds__(backward_threads, 2)
+    team_backward_kernel(Problem<T> p, TeamPlan plan, PartialSums<acc_t<T>> sums) {
     using A = acc_t<T>;
     using Block = TeamBlock<T, taps, E, true>;
     const Block block(p, plan);
@@ -594,9 +606,9 @@ __global__ void __launch_bounds__(128, 2) team_backward_kernel(Problem<T> p, Tea
     A scale[E], pending[taps][E] = {};  // pending[k]: de of the token k before the last
     A sum_scale[E] = {}, sum_bias[E] = {}, sum_conv_bias[E] = {}, sum_weight[taps][E] = {};
     lane.load(p.scale, 0, p.scale.stride[0], scale, A(1));
-    const T* const x = kept(p.x.data + block.h * p.x.stride[2] + lane.start * p.x.stride[3]);
-    const T* const dy = kept(p.dy.data + block.h * p.dy.stride[2] + lane.start * p.dy.stride[3]);
-    T* const dx = kept(p.dx.data + block.h * p.dx.stride[2] + lane.start * p.dx.stride[3]);
+    const T* const x = kept(lane.first(p.x.data + block.h * p.x.stride[2], p.x));
+    const T* const dy = kept(lane.first(p.dy.data + block.h * p.dy.stride[2], p.dy));
+    T* const dx = kept(lane.first(p.dx.data + block.h * p.dx.stride[2], p.dx));
     const Move move_x = lane.move(p.wide_x), move_dy = lane.move(p.wide_dy), move_dx = lane.move(p.wide_dx);
     block.walk(
         p, plan,
@@ -690,13 +702,14 @@ __global__ void __launch_bounds__(128, 2) team_backward_kernel(Problem<T> p, Tea
 #pragma unroll 1
             for (int k = taps - 1;; --k) {
                 const Index token_at = row.t - k, owner = row.begin + max(token_at, Index{0}), state = token_at + past;
-                if (owner >= block.first && owner < block.last && (token_at >= 0 ? static_cast<bool>(p.dx) : p.dconv0 && state >= 0)) {
+                const bool wanted = token_at >= 0 ? static_cast<bool>(p.dx) : p.dconv0 && state >= 0;
+                if (wanted && owner >= block.first && owner < block.last) {
                     A de[E];
 #pragma unroll
                     for (int j = 0; j < E; ++j) de[j] = pending[taps - 1][j];
                     if (ends && k < past && p.dconvT) {
                         A more[E];
-                        lane.fetch(block.scratch(), state_row(p.dconvT, row.index, past - 1 - k, block.h) + lane.start * p.dconvT.stride[3],
+                        lane.fetch(block.scratch(), lane.first(state_row(p.dconvT, row.index, past - 1 - k, block.h), p.dconvT),
                                    p.dconvT.stride[3], Move::elements);
                         Lane<T, E>::read(block.scratch(), more);
 #pragma unroll
@@ -705,8 +718,8 @@ __global__ void __launch_bounds__(128, 2) team_backward_kernel(Problem<T> p, Tea
                     if (token_at >= 0)
                         lane.store(dx + row.out + (taps - 1 - k) * p.dx.stride[1], p.dx.stride[3], Move::elements, de, block.scratch());
                     else
-                        lane.store(state_row(p.dconv0, row.index, state, block.h) + lane.start * p.dconv0.stride[3],
-                                   p.dconv0.stride[3], Move::elements, de, block.scratch());
+                        lane.store(lane.first(state_row(p.dconv0, row.index, state, block.h), p.dconv0), p.dconv0.stride[3],
+                                   Move::elements, de, block.scratch());
                 }
                 if (!ends || k == 0) break;
 #pragma unroll
@@ -763,7 +776,8 @@ Status with_taps(const Shape& s, F&& run) {
     return s.taps <= 1 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, team_taps>{});
 }
 template <class Block, class T, class Kernel, class... Arguments>
-Status launch_teams(const cuda& exec, const char* name, Kernel kernel, const Problem<T>& p, const TeamPlan& plan, const Arguments&... arguments) {
+Status launch_teams(const cuda& exec, const char* name, Kernel kernel, const Problem<T>& p, const TeamPlan& plan,
+                    const Arguments&... arguments) {
     INTERSTATE_RETURN_IF_ERROR(check_size("x: blocks of a grid", plan.blocks));
     return launch(exec, name, kernel,
                   {dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.head_blocks)), dim3(static_cast<unsigned>(plan.threads)),
@@ -777,7 +791,8 @@ Status team_forward(const cuda& exec, Problem<T> p) {
     choose_moves(p, E);
     return with_taps(p.s, [&](auto taps) {
         constexpr int K = decltype(taps)::value;
-        return launch_teams<TeamBlock<T, K, E, false>>(exec, "team_forward_kernel", team_forward_kernel<T, K, E>, p, forward_plan(p.s));
+        return launch_teams<TeamBlock<T, K, E, false>>(exec, "team_forward_kernel", team_forward_kernel<T, K, E>, p,
+                                                       forward_plan(p.s));
     });
 }
 
@@ -787,7 +802,8 @@ Status team_backward(const cuda& exec, Problem<T> p, const PartialSums<acc_t<T>>
     choose_moves(p, E);
     return with_taps(p.s, [&](auto taps) {
         constexpr int K = decltype(taps)::value;
-        return launch_teams<TeamBlock<T, K, E, true>>(exec, "team_backward_kernel", team_backward_kernel<T, K, E>, p, backward_plan(p.s), sums);
+        return launch_teams<TeamBlock<T, K, E, true>>(exec, "team_backward_kernel", team_backward_kernel<T, K, E>, p,
+                                                      backward_plan(p.s), sums);
     });
 }
 
