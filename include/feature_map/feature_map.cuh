@@ -15,8 +15,6 @@ namespace feature_map {
 
 namespace detail {
 
-inline bool fits_teams(const Shape& s) { return s.features <= team_features && s.taps <= team_taps; }
-
 /// Backward's workspace: sums over rows and, in general, dc.
 template <class A>
 struct CudaLayout {
@@ -46,11 +44,11 @@ inline namespace INTERSTATE_KERNELS {
 
 inline KernelChoice which_kernel(const cuda&, const Options& options, const Shape& shape) {
     if (!detail::fits_teams(shape))
-        return {"feature_map.cuda.general", "a block a head, row by row: more than 256 features or 4 taps"};
-    if (!detail::whole_chunks(shape, options.rope, detail::forward_elements(shape)))
+        return {"feature_map.cuda.general", "a block a head, row by row: more than 256 features (f64: 128) or 4 taps"};
+    if (!detail::whole_chunks(shape, options.rope, detail::elements_of(shape)))
         return {"feature_map.cuda.teams.narrow", "single elements: features are no whole number of what a lane moves at once"};
-    return {"feature_map.cuda.teams", "lanes move 4 or 8 elements at once of tensors whose strides and alignment allow it, "
-                                      "single elements of others"};
+    return {"feature_map.cuda.teams", "lanes move 8 elements (f64: 4), or twice half as many, at once of tensors whose strides and "
+                                      "alignment allow it, single elements of others"};
 }
 
 inline std::size_t saved_size(const cuda&, const Options&, const Shape&) { return 0; }

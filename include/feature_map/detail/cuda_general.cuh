@@ -26,7 +26,7 @@ struct GeneralRow {
 
     __device__ A input(Index from, Index r) const {
         if (from >= 0) return device::load_as<A>(token(p.x, p.s.packed(), q, from, h)[r * p.x.stride[3]]);
-        return p.conv0 ? device::load_as<A>(state_row(p.conv0, q, p.s.past() + from, h)[r * p.conv0.stride[3]]) : A(0);
+        return p.conv0 ? device::load_as<A>(state_row(p.conv0, q.index, p.s.past() + from, h)[r * p.conv0.stride[3]]) : A(0);
     }
     __device__ A convolved(Index r) const {
         if (p.s.taps == 0) return input(t, r);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(general_threads) general_forward_kernel(Proble
                 if (!p.convT || n + 1 != q.end) continue;
                 // From the oldest on: a step writes where conv0 is.
                 for (Index k = 0; k < p.s.past(); ++k)
-                    state_row(p.convT, q, k, h)[r * p.convT.stride[3]] =
+                    state_row(p.convT, q.index, k, h)[r * p.convT.stride[3]] =
                         device::store_as<T>(row.input(q.end - q.begin + k - p.s.past(), r));
             }
         }
@@ -197,12 +197,12 @@ __global__ void general_transposed_kernel(Problem<T> p, const acc_t<T>* dc) {
         for (Index k = 0; k < p.s.taps; ++k)
             if (i - k >= 0 && i - k < length)
                 de += p.weight.template get<A>(h, r, k) * dc[((q.begin + i - k) * p.s.heads + h) * p.s.features + r];
-        if (i >= length && p.dconvT) de += device::load_as<A>(state_row(p.dconvT, q, i - length, h)[r * p.dconvT.stride[3]]);
+        if (i >= length && p.dconvT) de += device::load_as<A>(state_row(p.dconvT, q.index, i - length, h)[r * p.dconvT.stride[3]]);
         return device::store_as<T>(de);
     };
     const Index t = n - q.begin;
     if (p.dx) token(p.dx, p.s.packed(), q, t, h)[r * p.dx.stride[3]] = gradient(past + t);
-    for (Index i = 0; p.dconv0 && t == 0 && i < past; ++i) state_row(p.dconv0, q, i, h)[r * p.dconv0.stride[3]] = gradient(i);
+    for (Index i = 0; p.dconv0 && t == 0 && i < past; ++i) state_row(p.dconv0, q.index, i, h)[r * p.dconv0.stride[3]] = gradient(i);
 }
 
 template <class T>

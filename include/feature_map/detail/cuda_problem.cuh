@@ -75,20 +75,35 @@ __device__ RowInfo row_info(const Problem<T>& p, Index n) {
     return {static_cast<std::int32_t>(q.index), static_cast<std::int32_t>(q.begin), static_cast<std::int32_t>(q.end)};
 }
 
-/// Token t of a sequence (row begin + t), head h.
+/// Token t of a sequence (row begin + t): its place in a tensor, of head 0.
+template <class E>
+__device__ Index row_offset(const View<E, 4>& x, bool packed, const RowInfo& q, Index t) {
+    return packed ? (q.begin + t) * x.stride[1] : q.index * x.stride[0] + t * x.stride[1];
+}
 template <class E>
 __device__ E* token(const View<E, 4>& x, bool packed, const RowInfo& q, Index t, Index h) {
-    return x.data + (packed ? (q.begin + t) * x.stride[1] : q.index * x.stride[0] + t * x.stride[1]) + h * x.stride[2];
+    return x.data + row_offset(x, packed, q, t) + h * x.stride[2];
 }
-/// Row i of a state.
+/// Row i of a sequence's state.
 template <class E>
-__device__ E* state_row(const View<E, 4>& x, const RowInfo& q, Index i, Index h) {
-    return x.data + q.index * x.stride[0] + i * x.stride[1] + h * x.stride[2];
+__device__ E* state_row(const View<E, 4>& x, Index sequence, Index i, Index h) {
+    return x.data + sequence * x.stride[0] + i * x.stride[1] + h * x.stride[2];
 }
 
-__device__ inline float sigmoid(float u) { return __fdividef(1.0f, 1.0f + __expf(-u)); }
+/// The approximations, of 2 and 1 units in the last place, give what is right at both ends: exp(-u) of infinity or 0.
+__device__ inline float sigmoid(float u) {
+    float power, sigma;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(u * -1.442695041f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigma) : "f"(1.0f + power));
+    return sigma;
+}
 __device__ inline double sigmoid(double u) { return 1.0 / (1.0 + exp(-u)); }
-__device__ inline float inverse_root(float x) { return rsqrtf(x); }
+/// Of slope P + offset: 1e-30 at least.
+__device__ inline float inverse_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 __device__ inline double inverse_root(double x) { return rsqrt(x); }
 
 __device__ inline double frequency(double base, Index features, Index pair) {

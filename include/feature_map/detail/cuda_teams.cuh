@@ -1,20 +1,23 @@
-// The feature map on the GPU, heads of up to 256 channels and up to 4 taps: a team of lanes a head.
+// The feature map on the GPU, for heads of up to 32 lanes of channels and up to 4 taps: a team of lanes a head.
 //
-// A team, 1 to 32 lanes of a warp, has E channels a lane in registers and walks along time. The rows that the
-// convolution looks back at stay in registers too, so that x is read once; sums over a head are shuffles. Teams of a
-// block are neighbouring heads of the same rows, which lie side by side in memory, then stretches of rows that
-// follow each other. Cosines and sines are made once a block, in shared memory, for all of its heads.
+// A team, 4 to 32 lanes of a warp, has E channels a lane and walks along time. What the convolution needs of earlier rows
+// stays in registers, so that x is read once; sums over a head are shuffles. Teams of a block are neighbouring heads of the
+// same rows, which lie side by side in memory, then stretches of rows that follow each other. What the heads of a row share
+// is made once a block, in shared memory: where the row lies, what is to be done with it, its cosines and sines. Rows come
+// into shared memory a few ahead of their use, every lane's channels into slots of its own.
 //
-// Backward recomputes the stages; a row's dc goes into taps pending rows of dx, also in registers, of which the oldest is
-// then whole. A team reads on past its own rows until its last one is. Sums over rows stay in registers to the end.
+// Before its own rows a team reads the taps-1 that the first looks back at. Backward recomputes the stages; a row's dc
+// goes into taps pending rows of dx, also in registers, of which the oldest is then whole. A team goes on past its own
+// rows until its last one is. Sums over rows stay in registers to the end.
 #pragma once
 
 #include <feature_map/detail/cuda_problem.cuh>
+#include <interstate/cuda/async.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace feature_map::detail {
 
-inline constexpr Index team_features = 256, team_taps = 4;  // what this file's kernels hold
+inline constexpr int team_taps = 4;
 
 /// E elements of storage, moved 16 bytes (or all, if fewer) at once.
 template <class T, int E>
@@ -35,87 +38,186 @@ struct Chunk {
     }
 };
 
-/// Which channels a lane of a team has: E in a row, or, where RoPE turns channels of both halves, E/2 of each.
-template <class T, int E, bool halves>
+/// How a lane moves its channels of a row.
+enum class Move : std::int32_t {
+    none,      // all are beyond the head
+    whole,     // at once
+    halves,    // each half at once
+    elements,  // one by one
+};
+
+/// Keeps the compiler from computing a number, or a pointer to global memory, again wherever it is used.
+__device__ inline int kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+template <class E>
+__device__ E* kept(E* p) {
+    asm volatile("" : "+l"(p));
+    __builtin_assume(__isGlobal(p));
+    return p;
+}
+
+/// A lane's channels: E in a row or, where RoPE turns channels of both halves, E/2 of each.
+template <class T, int E>
 struct Lane {
     using A = acc_t<T>;
-    static constexpr int parts = halves ? 2 : 1, width = E / parts;
-    /// What 16-byte (or narrower) moves need of a head: whole chunks.
-    static constexpr Index multiple = halves ? 2 * width : width;
-    using Raw = Chunk<T, E>;
+    static constexpr int width = E / 2;
+    bool halves;
+    int start, half;  // the first channel, and from there to the first of the second half
+    int limit;        // channels of the head from `start` on, in either half
 
-    int lane;
-    int features;
-
-    __device__ int channel(int j) const { return halves ? lane * width + j % width + j / width * (features / 2) : lane * E + j; }
-    __device__ bool valid(int j) const { return halves ? lane * width + j % width < features / 2 : lane * E + j < features; }
-    /// The second channel of the pair whose first is j, of pairs 0 .. E/2-1 of the lane; pair i of the head is first_pair() + i.
-    __device__ static constexpr int first(int pair) { return halves ? pair : 2 * pair; }
-    __device__ static constexpr int second(int pair) { return halves ? pair + width : 2 * pair + 1; }
-    __device__ int first_pair() const { return lane * (E / 2); }
-
-    __device__ Raw load(const T* head, Index stride, bool wide) const {
-        Raw raw{};
-        if (wide) {
-            Chunk<T, width> part[parts];
-#pragma unroll
-            for (int i = 0; i < parts; ++i)
-                if (valid(i * width)) {
-                    part[i].load(head + channel(i * width));
-                    memcpy(reinterpret_cast<char*>(&raw) + i * sizeof part[i], &part[i], sizeof part[i]);
-                }
-            return raw;
-        }
-        T element[E];
-#pragma unroll
-        for (int j = 0; j < E; ++j) element[j] = valid(j) ? head[channel(j) * stride] : T(0.0f);
-        memcpy(&raw, element, sizeof raw);
-        return raw;
+    __device__ Lane(const Problem<T>& p, int lane) : halves(p.rope == Rope::half_split) {
+        const int features = static_cast<int>(p.s.features);
+        start = halves ? lane * width : lane * E;
+        half = halves ? features / 2 : width;
+        limit = (halves ? features / 2 : features) - start;
     }
-    __device__ static void convert(const Raw& raw, A (&x)[E]) {
-        T element[E];
-        memcpy(element, &raw, sizeof raw);
-#pragma unroll
-        for (int j = 0; j < E; ++j) x[j] = device::load_as<A>(element[j]);
+    __device__ int place(int j) const { return j < width ? j : half + j - width; }
+    __device__ int channel(int j) const { return start + place(j); }
+    __device__ bool valid(int j) const { return (halves ? j % width : j) < limit; }
+
+    /// The lane's first channel of a head of x.
+    template <class P>
+    __device__ P* first(P* head, const View<P, 4>& x) const { return head + start * x.stride[3]; }
+    __device__ Move move(bool wide) const {
+        const Move move = !wide ? Move::elements : limit <= 0 ? Move::none : halves ? Move::halves : Move::whole;
+        return static_cast<Move>(kept(static_cast<int>(move)));
     }
-    __device__ void store(T* head, Index stride, bool wide, const A (&x)[E]) const {
-        T element[E];
-#pragma unroll
-        for (int j = 0; j < E; ++j) element[j] = device::store_as<T>(x[j]);
-        if (wide) {
-            Chunk<T, width> part[parts];
-            memcpy(part, element, sizeof part);
-#pragma unroll
-            for (int i = 0; i < parts; ++i)
-                if (valid(i * width)) part[i].store(head + channel(i * width));
+
+    template <int bytes>
+    __device__ static void start_copy(T* slot, const T* from) {
+        if constexpr (bytes == 16)
+            device::copy_async_16(slot, from, true);
+        else
+            device::copy_async<bytes>(slot, from);
+    }
+    /// From the place of the lane's first channel into its slot: asynchronous but for elements. Of channels beyond the head
+    /// elements are zeros; else they are left alone.
+    __device__ void fetch(T* slot, const T* from, Index stride, Move move) const {
+        constexpr int bytes = width * static_cast<int>(sizeof(T));
+        if (move == Move::none) return;
+        if (move == Move::whole && bytes < 16) {
+            start_copy<bytes == 16 ? 16 : 2 * bytes>(slot, from);
             return;
         }
+        if (move != Move::elements) {
+            start_copy<bytes>(slot, from);
+            start_copy<bytes>(slot + width, from + half);
+            return;
+        }
+#pragma unroll 1
+        for (int i = 0; i < 2; ++i, slot += width, from += half * stride) {
+            T element[width];
 #pragma unroll
-        for (int j = 0; j < E; ++j)
-            if (valid(j)) head[channel(j) * stride] = element[j];
+            for (int j = 0; j < width; ++j) element[j] = (halves ? j : i * width + j) < limit ? from[j * stride] : T(0.0f);
+#pragma unroll
+            for (int j = 0; j < width; ++j) slot[j] = element[j];
+        }
     }
+    /// A parameter's elements of the lane's channels, whose first of the head is at `at`.
+    __device__ void load(const Parameter& p, Index at, Index stride, A (&x)[E], A otherwise) const {
+        const auto take = [&](const auto* from) {
+            from += at + start * stride;
+#pragma unroll
+            for (int j = 0; j < E; ++j) x[j] = valid(j) ? static_cast<A>(from[place(j) * stride]) : A(0);
+        };
+        if (!p.data)
+#pragma unroll
+            for (int j = 0; j < E; ++j) x[j] = otherwise;
+        else if (p.is_double)
+            take(static_cast<const double*>(p.data));
+        else
+            take(static_cast<const float*>(p.data));
+    }
+    __device__ static void read(const T* slot, A (&x)[E]) {
+        Chunk<T, E> chunk;
+        chunk.load(slot);
+        device::Pair<T> pair[width];
+        memcpy(pair, &chunk, sizeof chunk);
+#pragma unroll
+        for (int i = 0; i < width; ++i) device::unpack<T>(pair[i], x[2 * i], x[2 * i + 1]);
+    }
+    __device__ static Chunk<T, E> pack(const A (&x)[E]) {
+        device::Pair<T> pair[width];
+#pragma unroll
+        for (int i = 0; i < width; ++i) pair[i] = device::pack<T>(x[2 * i], x[2 * i + 1]);
+        Chunk<T, E> chunk;
+        memcpy(&chunk, pair, sizeof chunk);
+        return chunk;
+    }
+    /// To the place of the lane's first channel; elements go through `scratch`.
+    __device__ void store(T* to, Index stride, Move move, const A (&x)[E], T* scratch) const {
+        const Chunk<T, E> chunk = pack(x);
+        if (move == Move::whole) {
+            chunk.store(to);
+        } else if (move == Move::halves) {
+            Chunk<T, width> part[2];
+            memcpy(part, &chunk, sizeof chunk);
+            part[0].store(to);
+            part[1].store(to + half);
+        } else if (move == Move::elements) {
+            chunk.store(scratch);
+            copy(to, stride, scratch);
+        }
+    }
+    /// From a slot, one by one.
+    __device__ void copy(T* to, Index stride, const T* slot) const {
+#pragma unroll 1
+        for (int j = 0; j < E; ++j, to += stride) {
+            if (j == width) to += (half - width) * stride;
+            if (valid(j)) *to = slot[j];
+        }
+    }
+};
+
+/// Threads whose places in shared memory lie side by side; blocks are whole numbers of them.
+inline constexpr int team_group = 128;
+
+/// E numbers of every thread in shared memory rather than in registers, 16 bytes of all threads of a group side by side.
+template <class A, int E>
+struct Parked {
+    static constexpr int words = E * static_cast<int>(sizeof(A)) / 16;
+    uint4* data;  // the thread's first
+
+    __device__ void put(const A (&x)[E]) const {
+        uint4 word[words];
+        memcpy(word, x, sizeof word);
+#pragma unroll
+        for (int i = 0; i < words; ++i) data[i * team_group] = word[i];
+    }
+    __device__ void get(A (&x)[E]) const {
+        uint4 word[words];
+#pragma unroll
+        for (int i = 0; i < words; ++i) word[i] = data[i * team_group];
+        memcpy(x, word, sizeof word);
+    }
+    /// The i-th of several.
+    __device__ Parked at(int i) const { return {data + i * words * team_group}; }
 };
 
 /// How a grid of teams covers heads and rows; a function of the shape alone.
 struct TeamPlan {
     int lanes;         // of a team, a power of two
-    int heads;         // of a block
+    int heads;         // of a block, a power of two
     int stretches;     // of rows, of a block
     int threads;
-    int chunk;         // rows whose angles are in shared memory, a multiple of 4
+    int pitch;         // pairs of a row that have angles, a power of two
+    int chunk;         // rows that are prepared at once, a power of two
     Index span;        // rows of a team
     Index blocks;      // along the rows
     Index head_blocks;
 
-    TeamPlan(const Shape& s, int elements, int block_threads, Index wanted_threads, Index least, Index most) : threads(block_threads) {
-        lanes = 1;
+    TeamPlan(const Shape& s, int elements, int most_threads, Index wanted_threads, Index least, Index most) {
+        lanes = 4;
         while (lanes * elements < s.features) lanes *= 2;
-        const int teams = threads / lanes;
         heads = 1;
-        while (heads < teams && heads < s.heads) heads *= 2;
-        stretches = teams / heads;
-        const Index pairs = s.features / 2 > 2 ? s.features / 2 : 2, fitting = 4096 / (stretches * pairs) / 4 * 4;
-        chunk = static_cast<int>(fitting < 4 ? 4 : fitting > 16 ? 16 : fitting);
+        while (heads < most_threads / lanes && heads < s.heads) heads *= 2;
+        threads = heads * lanes < team_group ? team_group : heads * lanes;
+        stretches = threads / lanes / heads;
+        pitch = lanes * elements / 2;
+        chunk = 16;
+        while (chunk > 4 && chunk * stretches * pitch > 1024) chunk /= 2;
         // Enough teams to fill a GPU, but stretches long enough for what is done twice at their borders to be little.
         span = ceil_div(s.rows() * s.heads * lanes, wanted_threads);
         span = span < least ? least : span > most ? most : span;
@@ -123,357 +225,510 @@ struct TeamPlan {
         head_blocks = ceil_div(s.heads, heads);
     }
     Index parts() const { return blocks * stretches; }
-    template <class A>
-    std::size_t shared(const Shape& s, bool rope) const {
-        return static_cast<std::size_t>(stretches * chunk) * (sizeof(RowInfo) + 4 + (rope ? sizeof(A) * static_cast<std::size_t>(s.features) : 0)) +
-               (rope ? sizeof(double) * static_cast<std::size_t>(s.features / 2) : 0) + 32;
-    }
 };
 
-/// Elements of a lane: four where registers are short, eight where four would take more than a warp.
-inline int forward_elements(const Shape& s) { return s.taps > 1 && s.features <= 128 ? 4 : 8; }
-inline int backward_elements(const Shape& s) { return s.features <= 128 ? 4 : 8; }
-inline TeamPlan forward_plan(const Shape& s) { return {s, forward_elements(s), 256, Index{1} << 17, 16, 64}; }
-inline TeamPlan backward_plan(const Shape& s) { return {s, backward_elements(s), 128, Index{1} << 17, 32, 1024}; }
-
-/// Rows loaded at once, so that their latencies overlap.
-template <class T, int E>
-inline constexpr int rows_at_once = E * sizeof(T) <= 8 ? 4 : E * sizeof(T) <= 16 ? 4 : 2;
+/// Channels of a lane: 16 bytes of 16-bit storage, registers for four doubles.
+template <class T>
+inline constexpr int team_elements = sizeof(T) == 8 ? 4 : 8;
+inline int elements_of(const Shape& s) { return s.dtype == DType::f64 ? team_elements<double> : team_elements<float>; }
+inline bool fits_teams(const Shape& s) { return s.features <= 32 * elements_of(s) && s.taps <= team_taps; }
+inline constexpr int forward_threads = 2 * team_group, backward_threads = team_group;  // of a block, at most
+inline TeamPlan forward_plan(const Shape& s) { return {s, elements_of(s), forward_threads, Index{1} << 16, 1, 128}; }
+inline TeamPlan backward_plan(const Shape& s) { return {s, elements_of(s), backward_threads, Index{1} << 15, 8, 1024}; }
 
 inline namespace INTERSTATE_KERNELS {
 
+inline constexpr int team_stages = 4;  // rows of which a lane has slots
+
+/// What is to be done with a row of a stretch.
+enum RowKind : std::int32_t {
+    row_is_read = 1,      // it belongs to a sequence, and its own rows need it
+    row_is_computed = 2,  // not only looked back at
+    row_is_own = 4,
+    row_starts = 8,       // a sequence
+    row_ends = 16,        // a sequence
+    row_is_zero = 32,     // own, of no sequence
+    row_is_stored = 64,   // the row of y, or the row of dx that becomes whole
+    row_is_rare = 128     // backward: rows become whole that are not stored so
+};
+/// A row of a stretch as its teams find it in shared memory: offsets into tensors, of head 0.
+struct alignas(16) TeamRow {
+    Index x, dy, out;  // out: of y, or of the row of dx that becomes whole
+    double position;
+    std::int32_t kind, index, begin, t;  // of its sequence: index, first row; the row's own place in it
+};
+
 /// A block's view of the plan: its team, and what the teams share.
-template <class T>
+template <class T, int taps, int E, bool backward>
 struct TeamBlock {
     using A = acc_t<T>;
-    double* frequencies;  // (pairs)
-    A* angles;            // (stretches, chunk, pairs, 2)
-    RowInfo* rows;        // (stretches, chunk)
-    int pairs, lane, head_in_block, stretch;
-    unsigned mask;        // of the team's lanes
+    static constexpr int past = taps - 1, tensors = backward ? 2 : 1, parked = backward ? 0 : 2;
+    static constexpr int places = team_stages * tensors + 1;  // of a thread for its channels: the last is scratch
+    double* frequencies;  // (pitch)
+    A* angles;            // (2, stretches, chunk, pitch, 2)
+    TeamRow* rows;        // (stretches, 3, chunk)
+    Parked<A, E> park;
+    T* slots;             // (groups, places, team_group, E), from the thread's first on
+    int pitch, lane, stretch;
     Index h, first, last;  // head; own rows [first, last)
 
+    static std::size_t shared(const TeamPlan& plan, bool rope) {
+        const auto rows = static_cast<std::size_t>(plan.stretches * plan.chunk), elements = static_cast<std::size_t>(plan.threads * E);
+        const auto pitch = static_cast<std::size_t>(rope ? plan.pitch : 0);
+        return sizeof(double) * pitch + 2 * rows * pitch * 2 * sizeof(A) + 3 * rows * sizeof(TeamRow) +
+               elements * (parked * sizeof(A) + places * sizeof(T));
+    }
     __device__ TeamBlock(const Problem<T>& p, const TeamPlan& plan) {
         extern __shared__ __align__(16) unsigned char memory[];
-        pairs = p.rope == Rope::none ? 0 : static_cast<int>(p.s.features / 2);
+        pitch = p.rope == Rope::none ? 0 : plan.pitch;
         frequencies = reinterpret_cast<double*>(memory);
-        angles = reinterpret_cast<A*>(frequencies + (pairs + 1) / 2 * 2);
-        rows = reinterpret_cast<RowInfo*>(angles + plan.stretches * plan.chunk * pairs * 2);
+        angles = reinterpret_cast<A*>(frequencies + pitch);
+        rows = reinterpret_cast<TeamRow*>(angles + 2 * plan.stretches * plan.chunk * pitch * 2);
+        uint4* const parks = reinterpret_cast<uint4*>(rows + 3 * plan.stretches * plan.chunk);
+        const int group = static_cast<int>(threadIdx.x) / team_group, in_group = static_cast<int>(threadIdx.x) % team_group;
+        park.data = parks + group * parked * park.words * team_group + in_group;
+        slots = reinterpret_cast<T*>(parks + parked * park.words * plan.threads) + (group * places * team_group + in_group) * E;
         const int team = static_cast<int>(threadIdx.x) / plan.lanes;
         lane = static_cast<int>(threadIdx.x) % plan.lanes;
-        head_in_block = team % plan.heads;
         stretch = team / plan.heads;
-        mask = (plan.lanes == 32 ? 0xffffffffu : (1u << plan.lanes) - 1u) << (threadIdx.x % 32 / plan.lanes * plan.lanes);
-        h = static_cast<Index>(blockIdx.y) * plan.heads + head_in_block;
+        h = static_cast<Index>(blockIdx.y) * plan.heads + team % plan.heads;
         first = first_row(plan, stretch);
         last = min(first + plan.span, p.s.rows());
-        for (int i = threadIdx.x; i < pairs; i += blockDim.x) frequencies[i] = frequency(p.base, p.s.features, i);
+        const Chunk<T, E> zeros{};
+#pragma unroll 1
+        for (int i = 0; i + 1 < places; ++i) zeros.store(slots + i * team_group * E);
+        for (int i = threadIdx.x; i < pitch; i += blockDim.x) frequencies[i] = frequency(p.base, p.s.features, i);
     }
     __device__ static Index first_row(const TeamPlan& plan, int stretch) {
         return (static_cast<Index>(blockIdx.x) * plan.stretches + stretch) * plan.span;
     }
-    /// Sequences and angles of rows `at` to at + chunk of every stretch, up to `count` rows of it.
-    __device__ void prepare(const Problem<T>& p, const TeamPlan& plan, Index at, Index count) const {
-        __syncthreads();
-        for (int i = threadIdx.x; i < plan.stretches * plan.chunk; i += blockDim.x) {
-            const Index row = at + i % plan.chunk;
-            rows[i] = row < count ? row_info(p, first_row(plan, i / plan.chunk) + row) : RowInfo{-1, 0, 0};
+    __device__ T* slot(int stage, int tensor) const { return slots + (stage * tensors + tensor) * team_group * E; }
+    __device__ T* scratch() const { return slot(team_stages, 0); }
+
+    /// Rows of the stretch: the taps-1 before, its own and, backward, the taps-1 after.
+    __device__ static Index count(const TeamPlan& plan) { return plan.span + (backward ? 2 : 1) * past; }
+    __device__ static TeamRow describe(const Problem<T>& p, const TeamPlan& plan, Index first, Index i) {
+        const Index last = min(first + plan.span, p.s.rows()), n = first - past + i;
+        TeamRow row{};
+        if (n < 0 || i >= count(plan)) return row;
+        const RowInfo q = row_info(p, n);
+        const bool own = n >= first && n < last;
+        if (q.index < 0) {
+            const View<T, 4>& to = backward ? p.dx : p.y;
+            if (own && to) row.kind = row_is_zero | row_is_stored, row.out = n * to.stride[1];
+            return row;
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < plan.stretches * plan.chunk * pairs; i += blockDim.x) {
-            const int row = i / pairs;
-            const RowInfo q = rows[row];
-            if (q.index < 0) continue;
-            const Index t = first_row(plan, row / plan.chunk) + at + row % plan.chunk - q.begin;
-            turn(position_of(p, q, t), frequencies[i % pairs], angles[2 * i], angles[2 * i + 1]);
+        if (n >= last && !(backward && q.begin < last)) return row;
+        const Index t = n - q.begin;
+        row.index = q.index, row.begin = q.begin, row.t = static_cast<std::int32_t>(t);
+        row.kind = row_is_read | (n >= first ? row_is_computed : 0) | (own ? row_is_own : 0) | (t == 0 ? row_starts : 0) |
+                   (n + 1 == q.end ? row_ends : 0);
+        row.x = row_offset(p.x, p.s.packed(), q, t);
+        if (p.rope != Rope::none) row.position = position_of(p, q, t);
+        if constexpr (backward) {
+            row.dy = row_offset(p.dy, p.s.packed(), q, t);
+            row.out = row_offset(p.dx, p.s.packed(), q, t - past);
+            if (past > 0 && n >= first && (n + 1 == q.end || (t < past && p.dconv0)))
+                row.kind |= row_is_rare;
+            else if (p.dx && t >= past && n - past >= first)
+                row.kind |= row_is_stored;
+        } else {
+            row.out = row_offset(p.y, p.s.packed(), q, t);
+            if (own) row.kind |= row_is_stored;
         }
-        __syncthreads();
+        return row;
     }
-    __device__ A sum(const TeamPlan& plan, A x) const {
-        for (int step = plan.lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(mask, x, step);
-        return x;
+    /// Chunk c of the rows, and the angles of the one before.
+    __device__ void prepare(const Problem<T>& p, const TeamPlan& plan, int c) const {
+        const int block_rows = plan.stretches * plan.chunk, shift = 31 - __clz(plan.pitch);
+        const auto at = [&](int i, int chunk) -> TeamRow& {
+            return rows[(i / plan.chunk * 3 + chunk % 3) * plan.chunk + i % plan.chunk];
+        };
+        for (int i = threadIdx.x; i < block_rows; i += blockDim.x)
+            at(i, c) = describe(p, plan, first_row(plan, i / plan.chunk), static_cast<Index>(c) * plan.chunk + i % plan.chunk);
+        if (c == 0) return;
+        A* const to = angles + (c - 1) % 2 * block_rows * pitch * 2;
+        for (int i = threadIdx.x; i < block_rows * pitch; i += blockDim.x) {
+            const TeamRow& row = at(i >> shift, c - 1);
+            if (row.kind & row_is_computed) turn(row.position, frequencies[i & (pitch - 1)], to[2 * i], to[2 * i + 1]);
+        }
+    }
+
+    /// fetch(row, kind, stage) starts bringing a row into a stage's slots; run(row, kind, stage, angles) works on it,
+    /// team_stages - 1 rows later. While a chunk is worked on, the next one lies ready to be fetched. All lanes of a warp call
+    /// run together, with kinds of their own; idle teams have rows of kind 0.
+    template <class Fetch, class Run>
+    __device__ void walk(const Problem<T>& p, const TeamPlan& plan, Fetch&& fetch, Run&& run) const {
+        constexpr unsigned lead = team_stages - 1;
+        const int total = static_cast<int>(count(plan)), chunks = (total + plan.chunk - 1) / plan.chunk;
+        const int ring = kept(3 * plan.chunk), kinds = kept(h < p.s.heads ? -1 : 0);
+        const TeamRow* const own = rows + stretch * ring;
+        int now = 0, ahead = 0;
+        for (int c = -2; c < chunks; ++c) {
+            if (c >= -1) {
+                // Before the first chunk there is nothing to work on, but its first rows are fetched.
+                const auto end = static_cast<unsigned>(min(plan.chunk, total - c * plan.chunk));
+                const A* angle = angles + ((c & 1) * plan.stretches + stretch) * plan.chunk * pitch * 2 + lane * E;
+#pragma unroll 1
+                for (unsigned i = c < 0 ? plan.chunk - lead : 0; i < end; ++i) {
+                    fetch(own[ahead], own[ahead].kind & kinds, (i + lead) % team_stages);
+                    device::commit_copies();
+                    ahead = ahead + 1 == ring ? 0 : ahead + 1;
+                    if (c < 0) continue;
+                    device::wait_for_all_but<static_cast<int>(lead)>();
+                    run(own[now], own[now].kind & kinds, i % team_stages, angle);
+                    now = now + 1 == ring ? 0 : now + 1;
+                    angle += pitch * 2;
+                }
+            }
+            prepare(p, plan, c + 2);
+            __syncthreads();
+        }
+    }
+    /// Over the lanes of the team; all lanes of a warp call it together.
+    template <class... Sums>
+    __device__ static void sum(const TeamPlan& plan, Sums&... x) {
+        const auto add = [&](int step) { ((x += __shfl_xor_sync(0xffffffffu, x, step)), ...); };
+        add(1);
+        add(2);
+        if (plan.lanes > 4) add(4);
+        if (plan.lanes > 8) add(8);
+        if (plan.lanes > 16) add(16);
     }
 };
 
-/// The convolution in registers: weights, and the rows of x that it looks at.
-template <class T, int taps, int E, bool halves>
-struct Window {
+/// The convolution's weights in registers.
+template <class T, int taps, int E>
+struct Weights {
     using A = acc_t<T>;
-    using L = Lane<T, E, halves>;
-    A x[taps][E], weight[taps][E], bias[E];
+    A weight[taps][E], bias[E];
     int missing;  // taps that the weight does not have: the first
 
-    __device__ Window(const Problem<T>& p, const L& lane, Index h, bool active) : missing(taps - max(static_cast<int>(p.s.taps), 1)) {
+    __device__ Weights(const Problem<T>& p, const Lane<T, E>& lane, Index h) : missing(taps - max(static_cast<int>(p.s.taps), 1)) {
+        lane.load(p.conv_bias, h * p.conv_bias.stride[0], p.conv_bias.stride[1], bias, A(0));
 #pragma unroll
-        for (int j = 0; j < E; ++j) {
-            const bool valid = active && lane.valid(j);
-            const int r = lane.channel(j);
-            bias[j] = valid && p.conv_bias.data ? p.conv_bias.template get<A>(h, r) : A(0);
+        for (int k = 0; k < taps; ++k) {
 #pragma unroll
-            for (int k = 0; k < taps; ++k) {
-                x[k][j] = A(0);
-                weight[k][j] = !valid || k < missing ? A(0)
-                               : p.weight.data       ? p.weight.template get<A>(h, r, k - missing)
-                                                     : A(1);
-            }
+            for (int j = 0; j < E; ++j) weight[k][j] = A(0);
+            if (k >= missing) lane.load(p.weight, p.weight.at(h, 0, k - missing), p.weight.stride[1], weight[k], A(1));
         }
     }
-    /// Rows before token t of a sequence, from memory.
-    __device__ void fill(const Problem<T>& p, const L& lane, const RowInfo& q, Index t, Index h) {
+};
+/// push(slot), with the slot of every row before the first of a sequence.
+template <class T, int E, class Push>
+__device__ void push_state(const Problem<T>& p, const Lane<T, E>& lane, const TeamRow& row, Index h, T* scratch, Push&& push) {
+    if (!p.conv0) return;
+#pragma unroll 1
+    for (int i = 0; i < static_cast<int>(p.s.past()); ++i) {
+        lane.fetch(scratch, lane.first(state_row(p.conv0, row.index, i, h), p.conv0), p.conv0.stride[3], Move::elements);
+        push(scratch);
+    }
+}
+
+/// eq. 1 as it comes about row by row: what the rows so far give to tokens to come.
+template <class T, int taps, int E>
+struct Convolution : Weights<T, taps, E> {
+    using A = acc_t<T>;
+    A begun[taps][E];  // of the token that many ahead; the last is the bias
+
+    __device__ Convolution(const Problem<T>& p, const Lane<T, E>& lane, Index h) : Weights<T, taps, E>(p, lane, h) { clear(); }
+    __device__ void clear() {
 #pragma unroll
-        for (int k = 0; k + 1 < taps; ++k) {
-            const Index from = t - (taps - 1 - k);
-            if (k < missing) continue;
-            if (from >= 0)
-                L::convert(lane.load(token(p.x, p.s.packed(), q, from, h), p.x.stride[3], p.wide_x), x[k]);
-            else if (p.conv0)
-                L::convert(lane.load(state_row(p.conv0, q, p.s.past() + from, h), p.conv0.stride[3], false), x[k]);
+        for (int k = 0; k < taps; ++k)
+#pragma unroll
+            for (int j = 0; j < E; ++j) begun[k][j] = this->bias[j];
+    }
+    __device__ void push(const T* slot, A (&c)[E]) {
+        A x[E];
+        Lane<T, E>::read(slot, x);
+#pragma unroll
+        for (int j = 0; j < E; ++j) c[j] = begun[0][j] + this->weight[taps - 1][j] * x[j];
+        const auto add = [&](int k) {
+#pragma unroll
+            for (int j = 0; j < E; ++j) begun[k][j] = begun[k + 1][j] + this->weight[taps - 2 - k][j] * x[j];
+        };
+        if (this->missing == 0) {
+#pragma unroll
+            for (int k = 0; k + 1 < taps; ++k) add(k);
+            return;
+        }
+#pragma unroll
+        for (int k = 0; k + 1 < taps; ++k)  // a missing tap must not see a NaN
+            if (taps - 2 - k >= this->missing)
+                add(k);
             else
 #pragma unroll
-                for (int j = 0; j < E; ++j) x[k][j] = A(0);
-        }
+                for (int j = 0; j < E; ++j) begun[k][j] = begun[k + 1][j];
     }
-    __device__ void shift() {
+};
+
+/// eq. 1 with the rows of x that it looks at, the last the token's own, which the weight's gradient needs too.
+template <class T, int taps, int E>
+struct Window : Weights<T, taps, E> {
+    using A = acc_t<T>;
+    A x[taps][E] = {};
+
+    using Weights<T, taps, E>::Weights;
+    __device__ void clear() {
+#pragma unroll
+        for (int k = 0; k < taps; ++k)
+#pragma unroll
+            for (int j = 0; j < E; ++j) x[k][j] = A(0);
+    }
+    __device__ void push(const T* slot) {
 #pragma unroll
         for (int k = 0; k + 1 < taps; ++k)
 #pragma unroll
-            for (int j = 0; j < E; ++j) x[k][j] = k < missing ? A(0) : x[k + 1][j];
+            for (int j = 0; j < E; ++j) x[k][j] = x[k + 1][j];
+        Lane<T, E>::read(slot, x[taps - 1]);
     }
-    /// eq. 1
     __device__ void convolve(A (&c)[E]) const {
 #pragma unroll
-        for (int j = 0; j < E; ++j) {
-            c[j] = bias[j];
+        for (int j = 0; j < E; ++j) c[j] = this->bias[j] + this->weight[taps - 1][j] * x[taps - 1][j];
 #pragma unroll
-            for (int k = 0; k < taps; ++k) c[j] += weight[k][j] * x[k][j];
-        }
+        for (int k = taps - 2; k >= 0; --k)
+            if (k >= this->missing)
+#pragma unroll
+                for (int j = 0; j < E; ++j) c[j] += this->weight[k][j] * x[k][j];
     }
 };
 
-/// eq. 2, or with `back` eq. 13, of a row whose angles are given.
-template <bool back, class L, class A, int E>
-__device__ void rotate(const L& lane, const A* angles, int pairs, A (&x)[E]) {
-    if (pairs == 0) return;
+/// eq. 2, or with `back` eq. 13, of a row whose angles are given from the lane's first pair on.
+template <bool back, class A, int E>
+__device__ void rotate(const A* angles, bool halves, A (&x)[E]) {
+    Chunk<A, E> chunk;
+    chunk.load(angles);
+    A angle[E];
+    memcpy(angle, &chunk, sizeof chunk);
+    const auto turn_pair = [&](A& a, A& b, int i) {
+        const A cosine = angle[2 * i], sine = back ? -angle[2 * i + 1] : angle[2 * i + 1], before = a;
+        a = before * cosine - b * sine;
+        b = before * sine + b * cosine;
+    };
+    if (halves) {
 #pragma unroll
-    for (int i = 0; i < E / 2; ++i) {
-        const int pair = lane.first_pair() + i;
-        if (pair >= pairs) continue;
-        const A cosine = angles[2 * pair], sine = back ? -angles[2 * pair + 1] : angles[2 * pair + 1];
-        const A a = x[L::first(i)], b = x[L::second(i)];
-        x[L::first(i)] = a * cosine - b * sine;
-        x[L::second(i)] = a * sine + b * cosine;
+        for (int i = 0; i < E / 2; ++i) turn_pair(x[i], x[i + E / 2], i);
+    } else {
+#pragma unroll
+        for (int i = 0; i < E / 2; ++i) turn_pair(x[2 * i], x[2 * i + 1], i);
     }
 }
 
-template <class T, int taps, bool halves, int E>
-__global__ void __launch_bounds__(256) team_forward_kernel(Problem<T> p, TeamPlan plan) {
+template <class T, int taps, int E>
+__global__ void __launch_bounds__(forward_threads, sizeof(T) == 8 ? 1 : 2) team_forward_kernel(Problem<T> p, TeamPlan plan) {
     using A = acc_t<T>;
-    using L = Lane<T, E, halves>;
-    constexpr int batch = rows_at_once<T, E>;
-    const TeamBlock<T> block(p, plan);
-    const L lane{block.lane, static_cast<int>(p.s.features)};
-    const bool active = block.h < p.s.heads;
-    Window<T, taps, E, halves> window(p, lane, block.h, active);
-    A scale[E], bias[E];
-#pragma unroll
-    for (int j = 0; j < E; ++j) {
-        const bool valid = active && lane.valid(j);
-        scale[j] = valid && p.scale.data ? p.scale.template get<A>(lane.channel(j)) : A(1);
-        bias[j] = valid && p.bias.data ? p.bias.template get<A>(block.h, lane.channel(j)) : A(0);
+    using Block = TeamBlock<T, taps, E, false>;
+    const Block block(p, plan);
+    const Lane<T, E> lane(p, block.lane);
+    const Index h = min(block.h, p.s.heads - 1);  // an idle team reads the parameters of another
+    Convolution<T, taps, E> convolution(p, lane, h);
+    const auto parked_scale = block.park.at(0), parked_bias = block.park.at(1);
+    if (p.rms) {
+        A scale[E], bias[E];
+        lane.load(p.scale, 0, p.scale.stride[0], scale, A(1));
+        lane.load(p.bias, h * p.bias.stride[0], p.bias.stride[1], bias, A(0));
+        parked_scale.put(scale);
+        parked_bias.put(bias);
     }
-    std::int32_t running = -1;  // the sequence of the row before, if the window has followed it
-    for (Index at = 0; at < plan.span; at += plan.chunk) {
-        block.prepare(p, plan, at, plan.span);
-        if (!active) continue;
-        for (int group = 0; group < plan.chunk; group += batch) {
-            typename L::Raw raw[batch];
-            RowInfo rows[batch];
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                rows[i] = block.rows[block.stretch * plan.chunk + group + i];
-                const Index t = block.first + at + group + i - rows[i].begin;
-                if (rows[i].index >= 0)
-                    raw[i] = lane.load(token(p.x, p.s.packed(), rows[i], t, block.h), p.x.stride[3], p.wide_x);
+    const T* const x = kept(lane.first(p.x.data + block.h * p.x.stride[2], p.x));
+    T* const y = kept(lane.first(p.y.data + block.h * p.y.stride[2], p.y));
+    const Move move_x = lane.move(p.wide_x), move_y = lane.move(p.wide_y);
+    block.walk(
+        p, plan,
+        [&](const TeamRow& row, int kind, int stage) {
+            if (kind & row_is_read) lane.fetch(block.slot(stage, 0), x + row.x, p.x.stride[3], move_x);
+        },
+        [&](const TeamRow& row, int kind, int stage, const A* angles) {
+            A s[E];
+            if (taps > 1 && (kind & row_starts)) {
+                convolution.clear();
+                push_state(p, lane, row, block.h, block.scratch(), [&](const T* slot) { convolution.push(slot, s); });
             }
+            // Teams whose row is not read or not computed go along; what they make is not used.
+            convolution.push(block.slot(stage, 0), s);
+            if (__any_sync(0xffffffffu, kind & row_is_computed)) {
+                if (p.rope != Rope::none) rotate<false>(angles, lane.halves, s);
+                if (p.silu)
 #pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                const RowInfo& q = rows[i];
-                const Index n = block.first + at + group + i, t = n - q.begin;
-                if (q.index < 0) {
-                    // Only packed rows (batch 1) belong to no sequence.
-                    running = -1;
-                    const A zeros[E] = {};
-                    if (n < block.last) lane.store(p.y.data + n * p.y.stride[1] + block.h * p.y.stride[2], p.y.stride[3], p.wide_y, zeros);
-                    continue;
-                }
-                if (taps > 1) {
-                    if (running == q.index && t > 0)
-                        window.shift();
-                    else
-                        window.fill(p, lane, q, t, block.h);
-                }
-                L::convert(raw[i], window.x[taps - 1]);
-                running = q.index;
-                A s[E], sum = A(0);
-                window.convolve(s);
-                rotate<false>(lane, block.angles + (block.stretch * plan.chunk + group + i) * block.pairs * 2, block.pairs, s);
-#pragma unroll
-                for (int j = 0; j < E; ++j) {
-                    if (p.silu) s[j] *= sigmoid(s[j]);
-                    sum += s[j] * s[j];
-                }
-                A gamma = A(1);
-                if (p.normed) gamma = inverse_root(p.slope * block.sum(plan, sum) + p.norm_offset);
-#pragma unroll
-                for (int j = 0; j < E; ++j) s[j] = s[j] * gamma * scale[j] + bias[j];
-                lane.store(token(p.y, p.s.packed(), q, t, block.h), p.y.stride[3], p.wide_y, s);
-                if (taps > 1 && p.convT && n + 1 == q.end)
-#pragma unroll
-                    for (int k = 1; k < taps; ++k)
-                        if (k > window.missing)
-                            lane.store(state_row(p.convT, q, k - window.missing - 1, block.h), p.convT.stride[3], false, window.x[k]);
-            }
-        }
-    }
-}
-
-template <class T, int taps, bool halves, int E>
-__global__ void __launch_bounds__(128) team_backward_kernel(Problem<T> p, TeamPlan plan, PartialSums<acc_t<T>> sums) {
-    using A = acc_t<T>;
-    using L = Lane<T, E, halves>;
-    constexpr int batch = rows_at_once<T, E> / 2;
-    const TeamBlock<T> block(p, plan);
-    const L lane{block.lane, static_cast<int>(p.s.features)};
-    const bool active = block.h < p.s.heads;
-    const int past = static_cast<int>(p.s.past());
-    Window<T, taps, E, halves> window(p, lane, block.h, active);
-    A scale[E], pending[taps][E] = {};  // pending[j]: de of the token j before the last
-    A sum_scale[E] = {}, sum_bias[E] = {}, sum_conv_bias[E] = {}, sum_weight[taps][E] = {};
-#pragma unroll
-    for (int j = 0; j < E; ++j)
-        scale[j] = active && lane.valid(j) && p.scale.data ? p.scale.template get<A>(lane.channel(j)) : A(1);
-
-    std::int32_t running = -1;
-    bool done = !active;  // beyond its own rows a team goes on while rows of theirs are pending
-    const Index count = plan.span + past;
-    for (Index at = 0; at < count; at += plan.chunk) {
-        block.prepare(p, plan, at, count);
-        if (done) continue;
-        for (int group = 0; group < plan.chunk && !done; group += batch) {
-            typename L::Raw raw[batch], raw_dy[batch];
-            RowInfo rows[batch];
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                rows[i] = block.rows[block.stretch * plan.chunk + group + i];
-                const Index t = block.first + at + group + i - rows[i].begin;
-                if (rows[i].index < 0) continue;
-                raw[i] = lane.load(token(p.x, p.s.packed(), rows[i], t, block.h), p.x.stride[3], p.wide_x);
-                raw_dy[i] = lane.load(token(p.dy, p.s.packed(), rows[i], t, block.h), p.dy.stride[3], p.wide_dy);
-            }
-#pragma unroll
-            for (int i = 0; i < batch; ++i) {
-                const RowInfo& q = rows[i];
-                const Index n = block.first + at + group + i, t = n - q.begin;
-                const bool own = n < block.last;
-                if (done) continue;
-                if (q.index < 0) {
-                    running = -1;
-                    const A zeros[E] = {};
-                    if (own && p.dx)
-                        lane.store(p.dx.data + n * p.dx.stride[1] + block.h * p.dx.stride[2], p.dx.stride[3], p.wide_dx, zeros);
-                    continue;
-                }
-                if (running != q.index || t == 0) {
-                    if (!own) {  // nothing of the team's is pending
-                        done = true;
-                        continue;
-                    }
-                    if (taps > 1) window.fill(p, lane, q, t, block.h);
-#pragma unroll
-                    for (int k = 0; k < taps; ++k)
-#pragma unroll
-                        for (int j = 0; j < E; ++j) pending[k][j] = A(0);
-                } else if (taps > 1) {
-                    window.shift();
-                }
-                L::convert(raw[i], window.x[taps - 1]);
-                running = q.index;
-
-                A u[E], s[E], g[E], slope[E], square = A(0), dot = A(0);
-                const A* const angles = block.angles + (block.stretch * plan.chunk + group + i) * block.pairs * 2;
-                window.convolve(u);
-                rotate<false>(lane, angles, block.pairs, u);
-                L::convert(raw_dy[i], g);
-#pragma unroll
-                for (int j = 0; j < E; ++j) {
-                    slope[j] = A(1);
-                    s[j] = u[j];
-                    if (p.silu) {
-                        const A sigma = sigmoid(u[j]);
-                        s[j] = u[j] * sigma;
-                        slope[j] = sigma * (A(1) + u[j] * (A(1) - sigma));
-                    }
-                    square += s[j] * s[j];
-                    dot += g[j] * scale[j] * s[j];
-                }
+                    for (int j = 0; j < E; ++j) s[j] *= sigmoid(s[j]);
                 if (p.normed) {
-                    const A gamma = inverse_root(p.slope * block.sum(plan, square) + p.norm_offset);
-                    // eq. 11, in an order in which nothing overflows where s is tiny.
-                    const A along = (p.slope * gamma * gamma) * (gamma * block.sum(plan, dot));
+                    A half[2] = {};
+#pragma unroll
+                    for (int j = 0; j < E; ++j) half[j % 2] += s[j] * s[j];
+                    A sum = half[0] + half[1];
+                    block.sum(plan, sum);
+                    const A gamma = inverse_root(p.slope * sum + p.norm_offset);
+#pragma unroll
+                    for (int j = 0; j < E; ++j) s[j] *= gamma;
+                }
+                if (p.rms) {
+                    A scale[E], bias[E];
+                    parked_scale.get(scale);
+                    parked_bias.get(bias);
+#pragma unroll
+                    for (int j = 0; j < E; ++j) s[j] = s[j] * scale[j] + bias[j];
+                }
+            }
+            if (__any_sync(0xffffffffu, kind & row_is_zero))
+#pragma unroll
+                for (int j = 0; j < E; ++j) s[j] = kind & row_is_zero ? A(0) : s[j];
+            if (!(kind & row_is_stored)) return;
+            lane.store(y + row.out, p.y.stride[3], move_y, s, block.scratch());
+            if (taps == 1 || !(kind & row_ends) || !p.convT) return;
+            // From the oldest on: a step writes where conv0 is.
+            const int past = static_cast<int>(p.s.past());
+#pragma unroll 1
+            for (int i = 0; i < past; ++i) {
+                const int back = past - 1 - i, token_at = row.t - back;
+                T* const slot = block.scratch();
+                if (token_at >= 0)
+                    lane.fetch(slot, x + row.x - back * p.x.stride[1], p.x.stride[3], Move::elements);
+                else if (p.conv0)
+                    lane.fetch(slot, lane.first(state_row(p.conv0, row.index, token_at + past, block.h), p.conv0), p.conv0.stride[3],
+                               Move::elements);
+                else
+                    Chunk<T, E>{}.store(slot);
+                lane.copy(lane.first(state_row(p.convT, row.index, i, block.h), p.convT), p.convT.stride[3], slot);
+            }
+        });
+}
+
+template <class T, int taps, int E>
+__global__ void __launch_bounds__(backward_threads, 2)
+    team_backward_kernel(Problem<T> p, TeamPlan plan, PartialSums<acc_t<T>> sums) {
+    using A = acc_t<T>;
+    using Block = TeamBlock<T, taps, E, true>;
+    const Block block(p, plan);
+    const Lane<T, E> lane(p, block.lane);
+    const int past = static_cast<int>(p.s.past());
+    const Index h = min(block.h, p.s.heads - 1);  // an idle team reads the parameters of another
+    Window<T, taps, E> window(p, lane, h);
+    A scale[E], pending[taps][E] = {};  // pending[k]: de of the token k before the last
+    A sum_scale[E] = {}, sum_bias[E] = {}, sum_conv_bias[E] = {}, sum_weight[taps][E] = {};
+    lane.load(p.scale, 0, p.scale.stride[0], scale, A(1));
+    const T* const x = kept(lane.first(p.x.data + block.h * p.x.stride[2], p.x));
+    const T* const dy = kept(lane.first(p.dy.data + block.h * p.dy.stride[2], p.dy));
+    T* const dx = kept(lane.first(p.dx.data + block.h * p.dx.stride[2], p.dx));
+    const Move move_x = lane.move(p.wide_x), move_dy = lane.move(p.wide_dy), move_dx = lane.move(p.wide_dx);
+    block.walk(
+        p, plan,
+        [&](const TeamRow& row, int kind, int stage) {
+            if (kind & row_is_read) lane.fetch(block.slot(stage, 0), x + row.x, p.x.stride[3], move_x);
+            if (kind & row_is_computed) lane.fetch(block.slot(stage, 1), dy + row.dy, p.dy.stride[3], move_dy);
+        },
+        [&](const TeamRow& row, int kind, int stage, const A* angles) {
+            if (taps > 1 && (kind & row_starts)) {
+                window.clear();
+                push_state(p, lane, row, block.h, block.scratch(), [&](const T* slot) { window.push(slot); });
+#pragma unroll
+                for (int k = 0; k < taps; ++k)
+#pragma unroll
+                    for (int j = 0; j < E; ++j) pending[k][j] = A(0);
+            }
+            // Teams whose row is not read or not computed go along; what they make is not used.
+            window.push(block.slot(stage, 0));
+            if (__any_sync(0xffffffffu, kind & row_is_computed)) {
+                A s[E], g[E], slope[E];
+                window.convolve(s);
+                if (p.rope != Rope::none) rotate<false>(angles, lane.halves, s);
+                Lane<T, E>::read(block.slot(stage, 1), g);
+                if (p.silu) {
 #pragma unroll
                     for (int j = 0; j < E; ++j) {
-                        if (own) {
-                            sum_scale[j] += g[j] * s[j] * gamma;
-                            sum_bias[j] += g[j];
-                        }
-                        g[j] = (g[j] * scale[j] * gamma - along * s[j]) * slope[j];
+                        const A sigma = sigmoid(s[j]);
+                        s[j] *= sigma;
+                        slope[j] = sigma + s[j] * (A(1) - sigma);  // eq. 12
                     }
-                } else {
+                }
+                const bool own = kind & row_is_own;
+                if (p.normed) {
+                    A squares[2] = {}, dots[2] = {}, product[E];
+#pragma unroll
+                    for (int j = 0; j < E; ++j) {
+                        product[j] = g[j] * s[j];
+                        squares[j % 2] += s[j] * s[j];
+                        dots[j % 2] += product[j] * scale[j];
+                    }
+                    A square = squares[0] + squares[1], dot = dots[0] + dots[1];
+                    block.sum(plan, square, dot);
+                    const A gamma = inverse_root(p.slope * square + p.norm_offset);
+                    // eq. 11, in an order in which nothing overflows where s is tiny.
+                    const A along = (p.slope * gamma * gamma) * (gamma * dot);
+                    if (own && p.rms)
+#pragma unroll
+                        for (int j = 0; j < E; ++j) sum_scale[j] += product[j] * gamma, sum_bias[j] += g[j];
+#pragma unroll
+                    for (int j = 0; j < E; ++j) g[j] = g[j] * (scale[j] * gamma) - along * s[j];
+                }
+                if (p.silu)
 #pragma unroll
                     for (int j = 0; j < E; ++j) g[j] *= slope[j];
-                }
-                rotate<true>(lane, angles, block.pairs, g);  // dc
+                if (p.rope != Rope::none) rotate<true>(angles, lane.halves, g);  // dc
 
+                if (own)
 #pragma unroll
-                for (int j = 0; j < E; ++j) {
-                    if (own) {
+                    for (int j = 0; j < E; ++j) {
                         sum_conv_bias[j] += g[j];
 #pragma unroll
                         for (int k = 0; k < taps; ++k) sum_weight[k][j] += g[j] * window.x[k][j];
                     }
-                    // eq. 15: token t - k gets weight taps-1-k.
+                // eq. 15: token t - k gets weight taps-1-k.
+                const auto add = [&](int k) {
 #pragma unroll
-                    for (int k = taps - 1; k > 0; --k) pending[k][j] = pending[k - 1][j] + window.weight[taps - 1 - k][j] * g[j];
-                    pending[0][j] = window.weight[taps - 1][j] * g[j];
+                    for (int j = 0; j < E; ++j) pending[k][j] = pending[k - 1][j] + window.weight[taps - 1 - k][j] * g[j];
+                };
+                if (window.missing == 0) {
+#pragma unroll
+                    for (int k = taps - 1; k > 0; --k) add(k);
+                } else {
+#pragma unroll
+                    for (int k = taps - 1; k > 0; --k)
+                        if (k <= past)
+                            add(k);
+                        else
+#pragma unroll
+                            for (int j = 0; j < E; ++j) pending[k][j] = pending[k - 1][j];
                 }
-                // Whole is now the oldest, and at the end of the sequence every one. Tokens before the first are conv0's.
-                const bool last = n + 1 == q.end;
 #pragma unroll
-                for (int k = taps - 1; k >= 0; --k) {
-                    if (k != past && !(last && k < past)) continue;
-                    const Index token_at = t - k, row = q.begin + token_at, beyond = token_at + past - (q.end - q.begin);
-                    const bool state = token_at < 0;
-                    const Index owner = state ? q.begin : row;
-                    if (owner < block.first || owner >= block.last || (state ? !p.dconv0 : !p.dx)) continue;
+                for (int j = 0; j < E; ++j) pending[0][j] = window.weight[taps - 1][j] * g[j];
+            }
+            if (__any_sync(0xffffffffu, kind & row_is_zero))
+#pragma unroll
+                for (int j = 0; j < E; ++j) pending[taps - 1][j] = kind & row_is_zero ? A(0) : pending[taps - 1][j];
+            if (kind & row_is_stored) lane.store(dx + row.out, p.dx.stride[3], move_dx, pending[taps - 1], block.scratch());
+            if (taps == 1 || !(kind & row_is_rare)) return;
+            // Other rows are whole: at the end of a sequence all, and near its first token one of conv0's.
+            const bool ends = kind & row_ends;
+#pragma unroll 1
+            for (int k = taps - 1;; --k) {
+                const Index token_at = row.t - k, owner = row.begin + max(token_at, Index{0}), state = token_at + past;
+                const bool wanted = token_at >= 0 ? static_cast<bool>(p.dx) : p.dconv0 && state >= 0;
+                if (wanted && owner >= block.first && owner < block.last) {
                     A de[E];
 #pragma unroll
-                    for (int j = 0; j < E; ++j) de[j] = pending[k][j];
-                    if (beyond >= 0 && p.dconvT) {
+                    for (int j = 0; j < E; ++j) de[j] = pending[taps - 1][j];
+                    if (ends && k < past && p.dconvT) {
                         A more[E];
-                        L::convert(lane.load(state_row(p.dconvT, q, beyond, block.h), p.dconvT.stride[3], false), more);
+                        lane.fetch(block.scratch(), lane.first(state_row(p.dconvT, row.index, past - 1 - k, block.h), p.dconvT),
+                                   p.dconvT.stride[3], Move::elements);
+                        Lane<T, E>::read(block.scratch(), more);
 #pragma unroll
                         for (int j = 0; j < E; ++j) de[j] += more[j];
                     }
-                    if (state)
-                        lane.store(state_row(p.dconv0, q, token_at + past, block.h), p.dconv0.stride[3], false, de);
+                    if (token_at >= 0)
+                        lane.store(dx + row.out + (taps - 1 - k) * p.dx.stride[1], p.dx.stride[3], Move::elements, de, block.scratch());
                     else
-                        lane.store(token(p.dx, p.s.packed(), q, token_at, block.h), p.dx.stride[3], p.wide_dx, de);
+                        lane.store(lane.first(state_row(p.dconv0, row.index, state, block.h), p.dconv0), p.dconv0.stride[3],
+                                   Move::elements, de, block.scratch());
                 }
-                if (last) running = -1;
+                if (!ends || k == 0) break;
+#pragma unroll
+                for (int older = taps - 1; older > 0; --older)
+#pragma unroll
+                    for (int j = 0; j < E; ++j) pending[older][j] = pending[older - 1][j];
             }
-        }
-    }
-    if (!active || !sums.data) return;
+        });
+    if (block.h >= p.s.heads || !sums.data) return;
     const Index size = p.s.heads * p.s.features, part = static_cast<Index>(blockIdx.x) * plan.stretches + block.stretch;
     A* const to = sums.data + part * (p.s.taps + 3) * size + block.h * p.s.features;
 #pragma unroll
@@ -515,50 +770,40 @@ void choose_moves(Problem<T>& p, int elements) {
     p.wide_dx = moves_chunks(p.dx, chunk, whole);
 }
 
-/// f(taps, halves): the kernel's numbers for a call.
-template <class T, class F>
-Status with_team_kernel(const Problem<T>& p, F&& f) {
-    const auto with_halves = [&](auto taps) {
-        return turns_halves(p.rope) ? f(taps, std::true_type{}) : f(taps, std::false_type{});
-    };
-    return p.s.taps <= 1 ? with_halves(std::integral_constant<int, 1>{}) : with_halves(std::integral_constant<int, 4>{});
+/// run(taps): with the taps of the kernel for a call.
+template <class F>
+Status with_taps(const Shape& s, F&& run) {
+    return s.taps <= 1 ? run(std::integral_constant<int, 1>{}) : run(std::integral_constant<int, team_taps>{});
+}
+template <class Block, class T, class Kernel, class... Arguments>
+Status launch_teams(const cuda& exec, const char* name, Kernel kernel, const Problem<T>& p, const TeamPlan& plan,
+                    const Arguments&... arguments) {
+    INTERSTATE_RETURN_IF_ERROR(check_size("x: blocks of a grid", plan.blocks));
+    return launch(exec, name, kernel,
+                  {dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.head_blocks)), dim3(static_cast<unsigned>(plan.threads)),
+                   Block::shared(plan, p.rope != Rope::none)},
+                  p, plan, arguments...);
 }
 
 template <class T>
 Status team_forward(const cuda& exec, Problem<T> p) {
-    const int elements = forward_elements(p.s);
-    choose_moves(p, elements);
-    const TeamPlan plan = forward_plan(p.s);
-    INTERSTATE_RETURN_IF_ERROR(check_size("x: blocks of a grid", plan.blocks));
-    return with_team_kernel(p, [&](auto taps, auto halves) {
-        const auto run = [&](auto E) {
-            return launch(exec, "team_forward_kernel",
-                          team_forward_kernel<T, decltype(taps)::value, decltype(halves)::value, decltype(E)::value>,
-                          {dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.head_blocks)),
-                           dim3(plan.threads), plan.shared<acc_t<T>>(p.s, p.rope != Rope::none)},
-                          p, plan);
-        };
-        if constexpr (decltype(taps)::value > 1)
-            if (elements == 4) return run(std::integral_constant<int, 4>{});
-        return run(std::integral_constant<int, 8>{});
+    constexpr int E = team_elements<T>;
+    choose_moves(p, E);
+    return with_taps(p.s, [&](auto taps) {
+        constexpr int K = decltype(taps)::value;
+        return launch_teams<TeamBlock<T, K, E, false>>(exec, "team_forward_kernel", team_forward_kernel<T, K, E>, p,
+                                                       forward_plan(p.s));
     });
 }
 
 template <class T>
 Status team_backward(const cuda& exec, Problem<T> p, const PartialSums<acc_t<T>>& sums) {
-    const int elements = backward_elements(p.s);
-    choose_moves(p, elements);
-    const TeamPlan plan = backward_plan(p.s);
-    INTERSTATE_RETURN_IF_ERROR(check_size("x: blocks of a grid", plan.blocks));
-    return with_team_kernel(p, [&](auto taps, auto halves) {
-        const auto run = [&](auto E) {
-            return launch(exec, "team_backward_kernel",
-                          team_backward_kernel<T, decltype(taps)::value, decltype(halves)::value, decltype(E)::value>,
-                          {dim3(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.head_blocks)),
-                           dim3(plan.threads), plan.shared<acc_t<T>>(p.s, p.rope != Rope::none)},
-                          p, plan, sums);
-        };
-        return elements == 4 ? run(std::integral_constant<int, 4>{}) : run(std::integral_constant<int, 8>{});
+    constexpr int E = team_elements<T>;
+    choose_moves(p, E);
+    return with_taps(p.s, [&](auto taps) {
+        constexpr int K = decltype(taps)::value;
+        return launch_teams<TeamBlock<T, K, E, true>>(exec, "team_backward_kernel", team_backward_kernel<T, K, E>, p,
+                                                      backward_plan(p.s), sums);
     });
 }
 

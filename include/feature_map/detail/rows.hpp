@@ -13,7 +13,10 @@ struct Sequence {
 
 /// The sequence that holds row n of [0, B L). cu_seqlens that are not sorted give some answer that holds n, or none.
 INTERSTATE_HD inline Sequence sequence_of(const View<const std::int32_t, 1>& cu, const Shape& s, Index n) {
-    if (!s.packed()) return {n / s.length, n / s.length * s.length, (n / s.length + 1) * s.length};
+    if (!s.packed()) {
+        const Index b = static_cast<std::uint32_t>(n) / static_cast<std::uint32_t>(s.length);  // both are below 2^31
+        return {b, b * s.length, (b + 1) * s.length};
+    }
     // The first sequence that ends beyond n; empty ones before it end at n or earlier.
     Index low = 0, high = s.sequences;
     while (low < high) {

@@ -38,5 +38,38 @@ __device__ T store_as(A x) {
     }
 }
 
+/// Two elements that lie side by side.
+template <class T>
+using Pair = std::conditional_t<sizeof(T) == 2, std::uint32_t, std::conditional_t<sizeof(T) == 4, float2, double2>>;
+
+template <class T>
+__device__ Pair<T> pack(acc_t<T> x, acc_t<T> y) {
+    if constexpr (std::is_same_v<T, f16>) {
+        std::uint32_t pair;
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+        return pair;
+    } else if constexpr (std::is_same_v<T, bf16>) {
+        std::uint32_t pair;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+        return pair;
+    } else {
+        return {x, y};
+    }
+}
+template <class T>
+__device__ void unpack(const Pair<T>& pair, acc_t<T>& x, acc_t<T>& y) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        x = __uint_as_float(pair << 16);
+        y = __uint_as_float(pair & 0xffff0000u);
+    } else if constexpr (std::is_same_v<T, f16>) {
+        asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
+            : "=f"(x), "=f"(y)
+            : "r"(pair));
+    } else {
+        x = pair.x;
+        y = pair.y;
+    }
+}
+
 }  // namespace device
 }  // namespace interstate::inline INTERSTATE_ABI
