@@ -26,6 +26,7 @@ using bench::check;
 using bench::DeviceArray;
 using bench::RandomArray;
 using interdomain::Method;
+using interdomain::Normalizer;
 using interdomain::Operator;
 using interdomain::Options;
 
@@ -147,8 +148,8 @@ struct Call {
     interdomain::Grads<T, float> grads;
     DeviceArray<char> memory, kept;
 
-    Call(const Layer<T>& layer, const Sizes& s, Method method, bool state)
-        : options{.method = method}, in(layer.inputs(s, state)), out(layer.outputs(s, state)), upstream(layer.upstream(s, state)),
+    Call(const Layer<T>& layer, const Sizes& s, const Options& opts, bool state)
+        : options(opts), in(layer.inputs(s, state)), out(layer.outputs(s, state)), upstream(layer.upstream(s, state)),
           grads(layer.gradients(s, state)),
           memory(std::max(workspace_size(interstate::cuda{}, options, shape_of(in), pass::forward),
                           workspace_size(interstate::cuda{}, options, shape_of(in), pass::backward))),
@@ -167,19 +168,19 @@ bool has_kernel(const Options& options, const interdomain::Shape& shape) {
     return *which_kernel(interstate::cuda{}, options, shape).name != '\0';
 }
 
-/// Times one method on a layer and prints its line. `truth` is the layer's slice in float64.
+/// Times a layer and prints its line. `truth` is the layer's slice in float64.
 template <class T>
-void measure(const Layer<T>& layer, Method method, const Case& truth, const Ceilings& ceilings) {
+void measure(const Layer<T>& layer, const Options& options, const Case& truth, const Ceilings& ceilings) {
     const Sizes& s = layer.size;
     Case got;
     {
-        const Call<T> slice(layer, layer.slice(), method, true);
+        const Call<T> slice(layer, layer.slice(), options, true);
         slice.both();
         got = bench::results_of(slice.in, slice.out, slice.grads);
     }
     const bench::Errors errors(got, truth);
 
-    const Call<T> call(layer, s, method, false);
+    const Call<T> call(layer, s, options, false);
     const double forward_ms = bench::milliseconds([&] { call.inference(); });
     const double both_ms = bench::milliseconds([&] { call.both(); });
 
@@ -189,11 +190,12 @@ void measure(const Layer<T>& layer, Method method, const Case& truth, const Ceil
     const auto bytes_ms = [&](double elements) { return elements * rows * sizeof(T) / ceilings.copy_gbps * 1e-6; };
     const auto product_ms = [&](double of) { return 2.0 * of * rows * products / tflops * 1e-9; };
     const double tensors = 2.0 * (2.0 * R + 2.0 * d) * rows * sizeof(T);
-    std::printf("{\"op\":\"interdomain\",\"kernel\":\"%s\",\"dtype\":\"%s\",\"B\":%lld,\"L\":%lld,\"H\":%lld,\"M\":%lld,\"R\":%lld,"
+    std::printf("{\"op\":\"interdomain\",\"kernel\":\"%s\",\"dtype\":\"%s\",\"normalizer\":\"%s\",\"B\":%lld,\"L\":%lld,\"H\":%lld,\"M\":%lld,\"R\":%lld,"
                 "\"d\":%lld,\"forward_ms\":%.4f,\"both_ms\":%.4f,\"floor_bytes_ms\":%.4f,\"floor_products_ms\":%.4f,"
                 "\"both_floor_bytes_ms\":%.4f,\"both_floor_products_ms\":%.4f,\"forward_TFLOPs\":%.1f,\"both_TFLOPs\":%.1f,"
                 "\"memory_ratio\":%.3f,",
-                which_kernel(interstate::cuda{}, call.options, shape_of(call.in)).name, to_string(dtype_of<T>), static_cast<long long>(s.B),
+                which_kernel(interstate::cuda{}, call.options, shape_of(call.in)).name, to_string(dtype_of<T>),
+                options.normalized() ? "nadaraya_watson" : "none", static_cast<long long>(s.B),
                 static_cast<long long>(s.L), static_cast<long long>(s.H), static_cast<long long>(s.M), static_cast<long long>(s.R),
                 static_cast<long long>(s.d), forward_ms, both_ms, bytes_ms(2.0 * R + 2.0 * d), product_ms(macs.forward),
                 bytes_ms(6.0 * R + 5.0 * d), product_ms(macs.both), 2.0 * macs.forward * rows / forward_ms * 1e-9,
@@ -203,14 +205,15 @@ void measure(const Layer<T>& layer, Method method, const Case& truth, const Ceil
 }
 
 template <class T>
-void run(const Sizes& size, std::initializer_list<Method> methods, const Ceilings& ceilings) {
+void run(const Sizes& size, std::initializer_list<Method> methods, const Ceilings& ceilings, Options options = {}) {
     const Layer<T> layer(size);
     Case truth;
     for (const Method method : methods) {
-        if (!has_kernel({.method = method}, shape_of(layer.inputs(size, false)))) continue;
+        options.method = method;
+        if (!has_kernel(options, shape_of(layer.inputs(size, false)))) continue;
         if (truth.tensors.empty())
-            truth = bench::truth_of<Operator>({}, layer.inputs(layer.slice(), true), layer.upstream(layer.slice(), true));
-        measure(layer, method, truth, ceilings);
+            truth = bench::truth_of<Operator>(options, layer.inputs(layer.slice(), true), layer.upstream(layer.slice(), true));
+        measure(layer, options, truth, ceilings);
     }
 }
 
@@ -313,6 +316,8 @@ int main(int argc, char** argv) {
         run<bf16>({4, 4096, 32, n, n, n}, fast, c);
         run<f32>({4, 4096, 32, n, n, n}, fast, c);
     }
+    run<bf16>({1, 65536, 8}, {Method::chunked, Method::parallel_scan}, c);
+    run<bf16>({4, 4096, 32}, fast, c, {.normalizer = Normalizer::nadaraya_watson});
     for (Index L = 1024; L <= 262144; L *= 2) run<bf16>({1, L, 32}, fast, c);
     return 0;
 }

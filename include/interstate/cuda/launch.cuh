@@ -17,7 +17,6 @@ struct LaunchShape {
     bool overlaps = false;
 };
 
-inline namespace INTERSTATE_KERNELS {
 namespace device {
 
 /// Waits until the kernels before this one are complete and what they wrote can be seen; nothing where kernels do not
@@ -36,7 +35,6 @@ __device__ inline void let_next_kernel_start() {
 }
 
 }  // namespace device
-}  // namespace INTERSTATE_KERNELS
 
 /// Launches `kernel` on the executor's stream; `name` stands in the message of an error. A grid without
 /// blocks is no work.
