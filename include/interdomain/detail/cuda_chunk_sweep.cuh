@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     const int row = 16 * lane.warp + lane.group, m_of_panel = 8 * lane.warp + lane.group, m = of_modes * padded + m_of_panel;
     const int carrier = slots.cu ? 0 : chunk.recurrence;
     const Index border = ((static_cast<Index>(carrier) * heads + h) * panels.state() + panel) * S::state + in_panel;
-    const auto end_of = [&](int chunks) { return run.ends + run.end_of(chunks / segment, carrier, heads, h, panel) + in_panel; };
+    const auto end_of = [&](int chunks) { return run.ends + run.end_of(chunks / run.segment, carrier, heads, h, panel) + in_panel; };
     const float* start = run.carry_in ? run.carry_in + border : nullptr;
     if (!plain && !at_border) start = run.from_zero ? nullptr : end_of(run.position(slot - run.slice.begin, adjoint));
     const int columns = static_cast<int>(run.half[half].rows.view.extent[3]), column0 = half == 0 ? 0 : run.features;
