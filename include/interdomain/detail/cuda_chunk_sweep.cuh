@@ -32,6 +32,8 @@ struct Sweep {
     INTERSTATE_HD int carriers() const { return slots.cu ? 1 : slots.recurrences; }
     /// Chunks of a recurrence (packed, of all) between the one at `at` in the slice and where its run begins.
     INTERSTATE_HD int position(int at, bool adjoint) const { return (adjoint ? slot_count() - 1 - at : at) / slots.stride(); }
+    /// Does a segment begin so many chunks from there?
+    INTERSTATE_HD bool cuts(int position) const { return segment > 0 && position % segment == 0; }
     INTERSTATE_HD Index end_of(int border, int carrier, int heads, int h, int panel) const {
         return (((static_cast<Index>(border) * carriers() + carrier) * heads + h) * panels.state() + panel) * Sizes<T>::state;
     }
@@ -63,7 +65,6 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     device::wait_for_previous_kernel();
     device::let_next_kernel_start();
     const Panels panels = plain ? Panels() : run.panels;  // constants where there is one of each
-    const int segment = plain ? 0 : run.segment;
     const Slots& slots = run.slots;
     const int stride = slots.stride(), h = static_cast<int>(blockIdx.y), heads = static_cast<int>(gridDim.y);
     const int panel = static_cast<int>(blockIdx.z) / sweep_blocks, of_modes = panel / panels.columns(), of_columns = panel % panels.columns();
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     const Index table_at = static_cast<Index>(h) * panels.modes + of_modes;
     int slot = run.slice.begin + static_cast<int>(blockIdx.x);
     if (!slots.cu) {
-        const int begin = static_cast<int>(blockIdx.x) / stride * segment * stride, carrier = static_cast<int>(blockIdx.x) % stride;
+        const int begin = plain ? 0 : static_cast<int>(blockIdx.x) / stride * run.segment * stride, carrier = static_cast<int>(blockIdx.x) % stride;
         slot = adjoint ? run.slice.end - stride - begin + carrier : run.slice.begin + begin + carrier;
     }
     Chunk<S::chunk> chunk(slots, slot);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     // Packed, there is a block for every slot, and those that begin a recurrence, or go on with one from another slice, run.
     const bool at_end = adjoint ? chunk.index == last : chunk.index == 0;
     const bool at_border = adjoint ? slot + stride >= run.slice.end : slot - stride < run.slice.begin;
-    const bool at_segment = segment > 0 && run.position(slot - run.slice.begin, adjoint) % segment == 0;
+    const bool at_segment = !plain && run.cuts(run.position(slot - run.slice.begin, adjoint));
     if (chunk.index < 0 || chunk.index > last || !(at_end || at_border || at_segment)) return;
 
     const int thread = static_cast<int>(threadIdx.x);
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
             if (!same) {
                 next.index += direction;
                 next_at += direction * stride;
-                more = next.exists() && next_at >= 0 && next_at < run.slot_count() && (segment == 0 || run.position(next_at, adjoint) % segment != 0);
+                more = next.exists() && next_at >= 0 && next_at < run.slot_count() && (plain || !run.cuts(run.position(next_at, adjoint)));
                 finished = !next.exists();
             }
             if (same || more) {
@@ -205,7 +206,7 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     // Where it goes on: into another slice, or into the next segment.
     float* end = !finished && run.carry_out ? run.carry_out + border : nullptr;
     const int behind = run.position(at, adjoint) + 1;
-    if (!plain && segment > 0 && !finished && behind % segment == 0 && behind * stride < run.slot_count()) end = run.from_zero ? end_of(behind) : nullptr;
+    if (!plain && !finished && run.cuts(behind) && behind * stride < run.slot_count()) end = run.from_zero ? end_of(behind) : nullptr;
 #pragma unroll
     for (int i = 0; i < tiles; ++i)
 #pragma unroll
