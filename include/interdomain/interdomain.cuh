@@ -18,7 +18,7 @@ inline namespace INTERSTATE_KERNELS {
 /// The method that a call will run: chunked, parallel_scan or scan, or else one that the executor lacks.
 inline Method cuda_method(const Options& options, const Shape& shape) {
     if (options.method != Method::automatic) return options.method;
-    return chunks::supports(shape) ? Method::chunked : Method::scan;
+    return chunks::why_not(shape) ? Method::scan : Method::chunked;
 }
 
 /// Null where the method can run, else why not.
@@ -26,16 +26,15 @@ inline const char* why_unsupported(const Options& options, const Shape& shape) {
     switch (cuda_method(options, shape)) {
         case Method::scan: return nullptr;
         case Method::chunked:
-        case Method::parallel_scan:
-            return chunks::supports(shape) ? nullptr : "unsupported: no chunked kernel in float64 or for M, R or d above 4096; scan has all";
-        default: return "unsupported: fft is for study, on the CPU; chunked or scan";
+        case Method::parallel_scan: return chunks::why_not(shape);
+        default: return "fft is for study, on the CPU; chunked, parallel_scan or scan";
     }
 }
 
 inline Status check_method(const Options& options, const Shape& shape) {
     const char* const why = why_unsupported(options, shape);
     if (!why) return {};
-    return Status::error(StatusCode::unsupported, "method: is %s: %s", to_string(options.method), why);
+    return Status::error(StatusCode::unsupported, "method: is %s, unsupported on cuda: %s", to_string(options.method), why);
 }
 
 }  // namespace INTERSTATE_KERNELS
@@ -49,6 +48,7 @@ inline KernelChoice which_kernel(const cuda&, const Options& options, const Shap
         return {"interdomain.cuda.chunked", "matrix products within chunks and with the states between them"};
     if (detail::cuda_method(options, shape) == Method::parallel_scan)
         return {"interdomain.cuda.parallel_scan", "chunks, the states between which come from an associative scan over runs of them"};
+    if (const char* const why = detail::chunks::why_not(shape)) return {"interdomain.cuda.scan", why};
     return {"interdomain.cuda.scan", "token by token in float64, one block a recurrence and key/value head"};
 }
 

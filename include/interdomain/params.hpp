@@ -252,7 +252,7 @@ inline Status validate(const Shape& s) {
 }
 inline Status check_eta(const Options& options, bool given) {
     if (!given || options.normalized()) return {};
-    return Status::error(StatusCode::invalid_argument, "eta0, etaT: are given, must be null with normalizer = none, which has none");
+    return Status::error(StatusCode::invalid_argument, "eta, eta0, etaT: are given, must be null with normalizer = none, which has none");
 }
 template <class T, class P>
 Status validate(const Options& options, const Inputs<T, P>& in) {
@@ -292,6 +292,7 @@ Status validate(const Options& options, const Discrete<P>& discrete, const State
                 const TokenOut<T>& out) {
     const Shape s = shape_of(discrete, token);
     INTERSTATE_RETURN_IF_ERROR(validate(s));
+    INTERSTATE_RETURN_IF_ERROR(check_eta(options, static_cast<bool>(state.eta)));
     CheckTensors check;
     check("q", token.q, {s.batch, s.query_heads, s.features}, Need::required);
     check("k", token.k, {s.batch, s.kv_heads, s.features}, Need::required);

@@ -151,6 +151,9 @@ class QuerySums {
     typename St::ScaledSums scaled_ = {};
 };
 
+static_assert(sizeof(QueryShared<bf16>) <= whole_chunk_shared && sizeof(QueryShared<f16>) <= whole_chunk_shared &&
+              sizeof(QueryShared<f32>) <= whole_chunk_shared);
+
 /// Block (part, query head): every gridDim.x-th chunk of the slice. Half of the warps go from q to w, half from dout to p.
 template <class T, bool real_parts>
 __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkBackward<T> run, Tables<T> tables) {
@@ -407,6 +410,10 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
             __syncthreads();
             device::multiply<F::precision>(c, device::transposed<chunk_size>(shared.weights[1 - side]), row,
                                            device::transposed<padded>(shared.from[side]), first, shift == 0 ? row : 0, shift == 0 ? chunk_size - row : chunk_size, lane.index);
+            __syncthreads();
+        }
+        if (run.group == 0) {  // nothing has waited yet
+            device::wait_for_copies();
             __syncthreads();
         }
         device::multiply<F::precision, S::wide>(c, device::as_stored<S::wide>(shared.table), row, device::transposed<padded>(shared.adjoint[side]),

@@ -41,19 +41,26 @@ struct Form<f16> {
 /// Modes, features and value columns, padded to one size: a panel of a matrix has that many.
 inline constexpr int padded = 64;
 
+/// Shared memory of a block that works on a whole chunk in both directions.
+inline constexpr std::size_t whole_chunk_shared = 224 * 1024;
+
 /// Panels of a shape: of modes, and of the columns of keys and of values. With one of each and no normaliser, kernels that keep a whole chunk in
 /// shared memory run (cuda_chunk_output.cuh, cuda_chunk_backward.cuh), else those of cuda_chunk_panels.cuh.
 struct Panels {
     int modes = 1, keys = 1, values = 1;
-    bool ones = false;  // the normaliser's channel of ones is another column of values
+    bool ones = false;   // the normaliser's channel of ones is another column of values
+    bool whole = true;  // the device has room for a whole chunk
     Panels() = default;
     Panels(const Options& options, const Shape& s)
-        : modes(count(s.modes)), keys(count(s.features)), values(count(s.value_dim + (options.normalized() ? 1 : 0))), ones(options.normalized()) {}
+        : modes(count(s.modes)), keys(count(s.features)), values(count(s.value_dim + (options.normalized() ? 1 : 0))), ones(options.normalized()) {
+        std::size_t limit = 0;
+        whole = shared_memory_limit(limit).ok() && limit >= whole_chunk_shared;
+    }
     INTERSTATE_HD int columns() const { return keys + values; }
     /// Of a state, panel (modes, columns) after panel.
     INTERSTATE_HD int state() const { return modes * columns(); }
     INTERSTATE_HD int mix() const { return modes * modes; }
-    bool single() const { return modes == 1 && keys == 1 && values == 1 && !ones; }
+    bool single() const { return modes == 1 && keys == 1 && values == 1 && !ones && whole; }
 
   private:
     static int count(Index columns) { return static_cast<int>(std::max<Index>(ceil_div(columns, padded), 1)); }

@@ -1,5 +1,6 @@
 // Chunks with more than 64 modes, features or value columns: the equations of cuda_chunk_output.cuh and
 // cuda_chunk_backward.cuh, a panel of 64 at a time, with what passes from step to step in workspace instead of shared memory.
+// Blocks have at most 99 KiB of it, which every GPU of compute capability 8.0 or later has.
 // Equation numbers: docs/ops/interdomain.md.
 #pragma once
 
@@ -77,9 +78,8 @@ inline constexpr int step_buffers = sizeof(typename Form<T>::Element) == 2 ? 2 :
 
 /// For each chunk of a block, `count` steps: bring(chunk, at, step, buffer) starts copies, work(chunk, at, step, buffer) has them
 /// (between barriers), and finish(chunk, at, buffer) follows the last step.
-template <class T, class Bring, class Work, class Finish>
+template <class T, int buffers = step_buffers<T>, class Bring, class Work, class Finish>
 __device__ void in_steps(const Slots& slots, const Slice& slice, int count, Bring&& bring, Work&& work, Finish&& finish) {
-    constexpr int buffers = step_buffers<T>;
     using Chunk = chunks::Chunk<Sizes<T>::chunk>;
     ChunkList<Sizes<T>::chunk> list(slots, slice);
     struct Place {
@@ -340,8 +340,8 @@ struct PanelSumsShared {
         E a[2][S::coefficients], w[2][S::coefficients];
         E scores[2][S::square];
         E halves[real_parts ? 2 * S::tokens : 8];
-    } step[step_buffers<T>];
-    float of_warps[4 * padded * (S::chunk / 16)];
+    } step[1];
+    static_assert(sizeof(Step) >= 4 * padded * (S::chunk / 16) * sizeof(float));
 };
 
 /// Block (part, query head, panels of modes of e and of a): their H (eq. 23) and, with the first panel of a, D and what crossed
@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(query_threads, 1) panel_sums_kernel(PanelRun<T
     QuerySums<T, real_parts> sums(steps.lane, own, first);
     using Chunk = chunks::Chunk<S::chunk>;
     const auto bring = [&](auto& to, const auto* from) { device::copy_matrix<sizeof(to) / sizeof(to[0]), query_threads>(to, from, thread); };
-    in_steps<T>(
+    in_steps<T, 1>(
         run.slots, run.slice, 1,
         [&](const Chunk&, Index at, int, int buffer) {
             auto& to = shared.step[buffer];
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(query_threads, 1) panel_sums_kernel(PanelRun<T
         },
         [](const Chunk&, Index, int) {});
     sums.store_mix(steps.lane, own);
-    if (lags) sums.store_lags_and_scaled(steps, own, first, shared.of_warps);
+    if (lags) sums.store_lags_and_scaled(steps, own, first, reinterpret_cast<float*>(&shared.step));
 }
 
 template <class T>
@@ -516,6 +516,15 @@ __global__ void __launch_bounds__(token_threads, 2) panel_token_sums_kernel(Pane
         });
     sums.store(lane, partial.of(part, 0), begin, shared.scaled);
 }
+
+template <class T>
+constexpr bool fits_everywhere() {
+    constexpr std::size_t most = 99 * 1024;
+    return sizeof(PanelCoefficientsShared<T>) <= most && sizeof(PanelReadoutShared<T>) <= most && sizeof(PanelOutputShared<T>) <= most &&
+           sizeof(PanelSumsShared<T, false>) <= most && sizeof(PanelSumsShared<T, true>) <= most && sizeof(PanelTokenShared<T>) <= most &&
+           sizeof(PanelTokenSumsShared<T>) <= most;
+}
+static_assert(fits_everywhere<bf16>() && fits_everywhere<f16>() && fits_everywhere<f32>());
 
 }  // namespace INTERSTATE_KERNELS
 }  // namespace interdomain::detail::chunks

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
     const Index border = ((static_cast<Index>(carrier) * heads + h) * panels.state() + panel) * S::state + in_panel;
     const auto end_of = [&](int chunks) { return run.ends + run.end_of(chunks / run.segment, carrier, heads, h, panel) + in_panel; };
     const float* start = run.carry_in ? run.carry_in + border : nullptr;
-    if (!plain && !at_border) start = run.from_zero ? nullptr : end_of(run.position(slot - run.slice.begin, adjoint));
+    if (!plain && !at_border) start = at_segment && !run.from_zero ? end_of(run.position(slot - run.slice.begin, adjoint)) : nullptr;
     const int columns = static_cast<int>(run.half[half].rows.view.extent[3]), column0 = half == 0 ? 0 : run.features;
 
     float x[tiles][4];
@@ -117,6 +117,11 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
 
     // Brings what a chunk and query head `member` of the group add to the state.
     const auto bring = [&](const Chunk<S::chunk>& c, Index at, int member, int buffer) {
+        if (adjoint && run.group == 0) {  // nothing reads these keys and values
+            for (int i = thread; i < S::chunk * sweep_columns; i += sweep_threads) shared.z[buffer][i] = device::store_as<E>(0.0f);
+            for (int i = thread; i < S::coefficients; i += sweep_threads) shared.a[adjoint ? buffer : 0][i] = device::store_as<E>(0.0f);
+            return;
+        }
         const Source<T>& from = run.half[half];
         const int head = adjoint ? h * run.group + member : h, count = c.rows();
         if (!plain && adjoint && from.panels) {
@@ -139,7 +144,7 @@ __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Elemen
         device::copy_matrix<S::coefficients, sweep_threads>(shared.a[0], tables.table + table_at * S::coefficients, thread);
 
     constexpr int direction = adjoint ? -1 : 1;
-    const int members = adjoint ? run.group : 1;
+    const int members = adjoint && run.group > 0 ? run.group : 1;
     int at = slot - run.slice.begin;
     int buffer = 0, powers_of = -1;
     complex<float> decay{}, decay_low{};  // Lam^rows as sums of two floats: rounding it would be the same error in each chunk

@@ -14,10 +14,14 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace interdomain::detail::chunks {
 inline namespace INTERSTATE_KERNELS {
 
-inline bool supports(const Shape& s) {
-    constexpr Index most = 4096;  // blocks of a grid count pairs of panels
-    return s.dtype != DType::f64 && s.modes <= most && s.features <= most && s.value_dim <= most &&
-           s.query_heads <= 65535 && slot_count(s, Form<f32>::chunk) <= 0x7fffffff;
+/// Why these kernels cannot take a shape; null where they can.
+inline const char* why_not(const Shape& s) {
+    constexpr Index most = 4096, grid = 65535;  // blocks of a grid count pairs of panels, and heads
+    if (s.dtype == DType::f64) return "float64 has no chunked kernel";
+    if (s.modes > most || s.features > most || s.value_dim > most) return "M, R or d is above 4096";
+    if (s.query_heads > grid || s.kv_heads > grid) return "there are more than 65535 heads";
+    if (slot_count(s, Form<f32>::chunk) > 0x7fffffff) return "there are too many chunks";
+    return nullptr;
 }
 
 /// How a call is cut: chunks between kernels wait in workspace, so a slice of them is computed at a time.

@@ -364,6 +364,18 @@ __global__ void __launch_bounds__(block_threads)
     });
 }
 
+/// Calls f(rows, tiles), as types, of the fast kernel for a shape.
+template <class F>
+auto with_step_sizes(const Shape& s, F&& f) {
+    using std::integral_constant;
+    const bool wide = s.features > 64 || s.value_dim > 64;
+    if (s.modes <= 64) return wide ? f(integral_constant<int, 4>{}, integral_constant<int, 2>{}) : f(integral_constant<int, 4>{}, integral_constant<int, 1>{});
+    return wide ? f(integral_constant<int, 8>{}, integral_constant<int, 2>{}) : f(integral_constant<int, 8>{}, integral_constant<int, 1>{});
+}
+inline std::size_t step_bytes(const Shape& s) {
+    return with_step_sizes(s, [&](auto rows, auto tiles) { return StepShared<rows, tiles>::bytes(s.group()); });
+}
+
 /// Why the fast kernel cannot take a step; null where it can.
 template <class T, class P>
 const char* step_is_general(const Shape& s, const Discrete<P>& discrete, const State<acc_t<T>>& state) {
@@ -379,6 +391,8 @@ const char* step_is_general(const Shape& s, const Discrete<P>& discrete, const S
         if (s.modes == 0 || s.features == 0 || s.value_dim == 0) return "general: M, R or d of zero";
         if (s.modes > 128 || s.features > 128 || s.value_dim > 128) return "general: M, R or d above 128";
         if (s.group() > 16) return "general: more than 16 query heads a key/value head";
+        std::size_t limit = 0;
+        if (!shared_memory_limit(limit).ok() || step_bytes(s) > limit) return "general: a block of this device has too little shared memory";
         if (s.modes * state.x.stride[2] > (Index{1} << 27) || state.x.stride[2] < 0) return "general: rows of the state are far apart";
         if (!aligned(state.x, 16)) return "general: rows of the state are not contiguous or not aligned to 16 bytes";
         if (std::is_same_v<P, float> && !aligned(discrete.C, 16))
@@ -401,11 +415,7 @@ Status run_step(const cuda& exec, const Options& options, const Shape& s, const 
                 const State<acc_t<T>>& state, const Token<T>& token, const TokenOut<T>& out, Workspace ws) {
     if (!step_is_general<T>(s, discrete, state)) {
         if constexpr (sizeof(T) < 8) {
-            const bool wide = s.features > 64 || s.value_dim > 64;
-            if (s.modes <= 64 && !wide) return launch_step<4, 1>(exec, options, s, discrete, state, token, out);
-            if (s.modes <= 64) return launch_step<4, 2>(exec, options, s, discrete, state, token, out);
-            if (!wide) return launch_step<8, 1>(exec, options, s, discrete, state, token, out);
-            return launch_step<8, 2>(exec, options, s, discrete, state, token, out);
+            return with_step_sizes(s, [&](auto rows, auto tiles) { return launch_step<rows, tiles>(exec, options, s, discrete, state, token, out); });
         }
     }
     const Index bytes = general_step_doubles(s) * Index{sizeof(double)};

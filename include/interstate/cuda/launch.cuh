@@ -36,24 +36,41 @@ __device__ inline void let_next_kernel_start() {
 
 }  // namespace device
 
+/// Shared memory that a block of the current device may use.
+inline Status shared_memory_limit(std::size_t& bytes) {
+    int device = 0, limit = 0;
+    INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "cudaGetDevice"));
+    INTERSTATE_RETURN_IF_ERROR(cuda_status(
+        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute"));
+    bytes = static_cast<std::size_t>(limit);
+    return {};
+}
+
 /// Launches `kernel` on the executor's stream; `name` stands in the message of an error. A grid without
 /// blocks is no work.
 template <class... Parameters, class... Arguments>
 Status launch(const cuda& exec, const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
               Arguments&&... arguments) {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return {};
-    if (shape.shared > 48 * 1024)  // beyond this a kernel has to ask
-        INTERSTATE_RETURN_IF_ERROR(
-            cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shape.shared)),
-                        name));
+    cudaFuncAttributes attributes{};
+    const bool asks = shape.shared > 48 * 1024;  // beyond this a kernel has to ask
+    if (asks || shape.overlaps) INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaFuncGetAttributes(&attributes, kernel), name));
+    if (asks) {
+        std::size_t limit = 0;
+        INTERSTATE_RETURN_IF_ERROR(shared_memory_limit(limit));
+        if (shape.shared + attributes.sharedSizeBytes > limit)
+            return Status::error(StatusCode::device_error, "%s: wants %zu bytes of shared memory a block, the device has %zu", name,
+                                 shape.shared + attributes.sharedSizeBytes, limit);
+        // For all there is: the attribute belongs to the kernel, not to this launch, and other threads launch it too.
+        INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                                    static_cast<int>(limit - attributes.sharedSizeBytes)),
+                                               name));
+    }
     if (!shape.overlaps) {
         kernel<<<shape.grid, shape.block, shape.shared, exec.stream>>>(std::forward<Arguments>(arguments)...);
         return launch_status(name);
     }
     // Only code made for 9.0 or later waits; the driver may have chosen other code for this device.
-    cudaFuncAttributes attributes{};
-    INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaFuncGetAttributes(&attributes, kernel), name));
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -66,16 +83,6 @@ Status launch(const cuda& exec, const char* name, void (*kernel)(Parameters...),
     config.numAttrs = attributes.ptxVersion >= 90 ? 1 : 0;
     INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), name));
     return launch_status(name);
-}
-
-/// Shared memory that a block of the current device may use.
-inline Status shared_memory_limit(std::size_t& bytes) {
-    int device = 0, limit = 0;
-    INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaGetDevice(&device), "cudaGetDevice"));
-    INTERSTATE_RETURN_IF_ERROR(cuda_status(
-        cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute"));
-    bytes = static_cast<std::size_t>(limit);
-    return {};
 }
 
 }  // namespace interstate::inline INTERSTATE_ABI
