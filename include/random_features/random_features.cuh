@@ -8,6 +8,7 @@
 
 #include <interstate/cuda/sequences.cuh>
 #include <random_features/detail/cuda_products.cuh>
+#include <random_features/detail/cuda_warps.cuh>
 #include <random_features/params.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -26,17 +27,22 @@ inline Status check_grid(const Shape& s) {
 inline namespace INTERSTATE_KERNELS {
 
 inline KernelChoice which_kernel(const cuda&, const Options&, const Shape& shape) {
-    return {"random_features.cuda.products", shape.dtype == DType::f64 ? "tiles of 64 x 64 in double FMAs; any shape and strides"
-                                                                       : "tiles of 64 x 64 in float FMAs; any shape and strides"};
+    if (detail::fits_warps(shape))
+        return {"random_features.cuda.warps", "tensor cores, factors split into two tf32 numbers; any strides"};
+    return {"random_features.cuda.products", shape.dtype == DType::f64 ? "tiles of 64 x 64 in double FMAs: f64"
+                                                                       : "tiles of 64 x 64 in float FMAs: heads of more than 64 channels"};
 }
 
 inline std::size_t saved_size(const cuda&, const Options&, const Shape&) { return 0; }
 
-/// Bytes of workspace in device memory: backward keeps the gradients of the phases, (B, L, H, F).
+/// Bytes of workspace in device memory: backward keeps parts of dW and, but for floats of up to 64 channels and 32
+/// frequencies, the gradients of the phases, (B, L, H, F).
 inline std::size_t workspace_size(const cuda&, const Options&, const Shape& shape, pass p) {
     if (p != pass::backward) return 0;
     Arena arena;
-    if (shape.dtype == DType::f64)
+    if (detail::fits_warps(shape))
+        detail::WarpLayout(arena, shape);
+    else if (shape.dtype == DType::f64)
         detail::CudaLayout<double>(arena, shape);
     else
         detail::CudaLayout<float>(arena, shape);
@@ -52,9 +58,10 @@ Status forward(const cuda& exec, const Options&, const Inputs<T, P>& in, const O
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.length));
     const auto norm = static_cast<acc_t<T>>(1.0 / std::sqrt(static_cast<double>(s.frequencies > 0 ? s.frequencies : 1)));
-    return detail::run_features(
-        exec, detail::Problem<T, P>{.s = s, .x = in.x, .dy = {}, .y = out.y, .dx = {}, .W = in.params.W, .dW = {}, .cu = in.cu_seqlens, .norm = norm},
-        static_cast<acc_t<T>*>(nullptr));
+    const detail::Problem<T, P> p{.s = s, .x = in.x, .dy = {}, .y = out.y, .dx = {}, .W = in.params.W, .dW = {}, .cu = in.cu_seqlens, .norm = norm};
+    if constexpr (!std::is_same_v<T, f64>)
+        if (detail::fits_warps(s)) return detail::run_warp_features(exec, p);
+    return detail::run_features(exec, p, static_cast<acc_t<T>*>(nullptr));
 }
 
 /// The gradients of x and W whose views are not null, from the inputs and dy; `out` is not read.
@@ -69,12 +76,12 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.length));
     Arena arena(ws.data);
-    const detail::CudaLayout<acc_t<T>> w(arena, s);
     const auto norm = static_cast<acc_t<T>>(1.0 / std::sqrt(static_cast<double>(s.frequencies > 0 ? s.frequencies : 1)));
-    return detail::run_backward(exec,
-                                detail::Problem<T, P>{.s = s, .x = in.x, .dy = upstream.y, .y = {}, .dx = grads.x, .W = in.params.W,
-                                                      .dW = grads.params.W, .cu = in.cu_seqlens, .norm = norm},
-                                w);
+    const detail::Problem<T, P> p{.s = s, .x = in.x, .dy = upstream.y, .y = {}, .dx = grads.x, .W = in.params.W, .dW = grads.params.W,
+                                  .cu = in.cu_seqlens, .norm = norm};
+    if constexpr (!std::is_same_v<T, f64>)
+        if (detail::fits_warps(s)) return detail::run_warp_backward(exec, p, detail::WarpLayout(arena, s));
+    return detail::run_backward(exec, p, detail::CudaLayout<acc_t<T>>(arena, s));
 }
 
 /// One token for every batch row: x (B, H, dh), y (B, H, 2 F). Safe to capture in a CUDA graph, as the others.

@@ -76,6 +76,11 @@ void steps_and_runs_agree(Checks& checks) {
     checks.expect(s.ok(), "two runs", s.message());
     for (const auto& [name, tensor] : one.tensors) checks.expect(tensor.values == two.tensors[name].values, name.c_str(), "two runs must give the same bits");
     every_dtype(checks, long_case);
+    // Rows that are moved 16 bytes at once, of both layouts of a batch, one and several blocks of frequencies.
+    for (const Index F : {32, 64}) {
+        every_dtype(checks, make({.batch = 2, .length = 2000, .heads = 2, .head_dim = 64, .frequencies = F}, 5));
+        every_dtype(checks, make({.length = 700, .heads = 3, .head_dim = 64, .frequencies = F, .shared = true, .cu_seqlens = {5, 300, 651}}, 6));
+    }
 }
 
 void run(Checks& checks, bool quick) {

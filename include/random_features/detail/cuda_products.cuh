@@ -1,4 +1,4 @@
-// Random Fourier features on the GPU: three products of matrices, tile by tile in float (f64: double) FMAs.
+// Random Fourier features on the GPU, for any head: three products of matrices, tile by tile in float (f64: double) FMAs.
 //
 // A block has a tile of 64 x 64 of a product, a thread 4 x 4 of it. W x is turned into features, or in backward into the
 // gradients of the phases, before it leaves the registers; the latter go to memory once, for the products with W (dx) and
@@ -195,25 +195,38 @@ Status run_features(const cuda& exec, const Problem<T, P>& p, acc_t<T>* dp) {
                   p, dp);
 }
 
+/// dx of all rows from the gradients of their phases.
+template <class T, class P>
+Status run_input_gradient(const cuda& exec, const Problem<T, P>& p, const acc_t<T>* dp) {
+    return launch(exec, "input_gradient_kernel", input_gradient_kernel<T, P>,
+                  {dim3(static_cast<unsigned>(product_tiles(p.s.rows())), static_cast<unsigned>(p.s.heads),
+                        static_cast<unsigned>(product_tiles(p.s.head_dim))),
+                   dim3(product_threads)},
+                  p, dp);
+}
+
+/// dW from its parts.
+template <class T, class P>
+Status run_finish_weight(const cuda& exec, const Problem<T, P>& p, const acc_t<T>* partial, Index parts) {
+    const Index size = p.s.weight_heads * p.s.frequencies * p.s.head_dim;
+    return launch(exec, "finish_weight_kernel", finish_weight_kernel<T, P>,
+                  {dim3(static_cast<unsigned>(ceil_div(size, 128))), dim3(128)}, p, partial, parts);
+}
+
 template <class T, class P>
 Status run_backward(const cuda& exec, const Problem<T, P>& p, const CudaLayout<acc_t<T>>& w) {
     using A = acc_t<T>;
-    const auto blocks = [](Index n) { return static_cast<unsigned>(product_tiles(n)); };
-    const auto heads = static_cast<unsigned>(p.s.heads);
     INTERSTATE_RETURN_IF_ERROR(run_features(exec, p, w.dp));
-    if (p.dx)
-        INTERSTATE_RETURN_IF_ERROR(launch(exec, "input_gradient_kernel", input_gradient_kernel<T, P>,
-                                          {dim3(blocks(p.s.rows()), heads, blocks(p.s.head_dim)), dim3(product_threads)}, p,
-                                          static_cast<const A*>(w.dp)));
+    if (p.dx) INTERSTATE_RETURN_IF_ERROR(run_input_gradient(exec, p, static_cast<const A*>(w.dp)));
     if (!p.dW) return {};
     const Index parts = weight_parts(p.s);
     INTERSTATE_RETURN_IF_ERROR(
         launch(exec, "weight_gradient_kernel", weight_gradient_kernel<T, P>,
-               {dim3(blocks(p.s.frequencies) * blocks(p.s.head_dim), heads, static_cast<unsigned>(parts)), dim3(product_threads)}, p,
-               static_cast<const A*>(w.dp), w.partial, parts));
-    const Index size = p.s.weight_heads * p.s.frequencies * p.s.head_dim;
-    return launch(exec, "finish_weight_kernel", finish_weight_kernel<T, P>,
-                  {dim3(static_cast<unsigned>(ceil_div(size, 128))), dim3(128)}, p, static_cast<const A*>(w.partial), parts);
+               {dim3(static_cast<unsigned>(product_tiles(p.s.frequencies) * product_tiles(p.s.head_dim)),
+                     static_cast<unsigned>(p.s.heads), static_cast<unsigned>(parts)),
+                dim3(product_threads)},
+               p, static_cast<const A*>(w.dp), w.partial, parts));
+    return run_finish_weight(exec, p, static_cast<const A*>(w.partial), parts);
 }
 
 }  // namespace INTERSTATE_KERNELS
