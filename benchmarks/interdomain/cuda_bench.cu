@@ -186,7 +186,7 @@ void measure(const Layer<T>& layer, const Options& options, const Case& truth, c
 
     const auto rows = static_cast<double>(layer.rows()), R = static_cast<double>(s.R), d = static_cast<double>(s.d);
     const Products macs(s);
-    const double products = std::is_same_v<T, f32> ? 3.0 : 1.0, tflops = sizeof(T) == 2 ? ceilings.bf16_tflops : ceilings.tflops<T>();
+    const double products = std::is_same_v<T, f32> ? 3.0 : 1.0, tflops = ceilings.tflops<T>();
     const auto bytes_ms = [&](double elements) { return elements * rows * sizeof(T) / ceilings.copy_gbps * 1e-6; };
     const auto product_ms = [&](double of) { return 2.0 * of * rows * products / tflops * 1e-9; };
     const double tensors = 2.0 * (2.0 * R + 2.0 * d) * rows * sizeof(T);

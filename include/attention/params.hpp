@@ -235,8 +235,8 @@ Status validate(const Options& options, const Inputs<T>& in, const Outputs<T>& o
     const Shape shape = shape_of(in);
     if (options.score == Score::softmax && !out.lse && shape.batch * shape.queries * shape.query_heads > 0)
         return Status::error(StatusCode::invalid_argument, "lse: is null, must be forward's for backward of softmax");
-    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape));
-    return check_tensors(grads, shape);
+    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape, "dout."));
+    return check_tensors(grads, shape, "grad.");
 }
 
 /// Sizes of one decoding step: one query against `capacity` keys.

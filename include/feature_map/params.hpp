@@ -274,8 +274,8 @@ Status validate(const Options& options, const Inputs<T, P>& in, const Upstream<T
     if (grads.params.conv_weight && shape.taps == 0)
         return Status::error(StatusCode::invalid_argument, "grads.conv_weight: must be null without conv_weight");
     INTERSTATE_RETURN_IF_ERROR(validate_params(options, grads.params, shape.taps > 0));
-    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape));
-    return check_tensors(grads, shape);
+    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape, "dout."));
+    return check_tensors(grads, shape, "grad.");
 }
 
 /// A decoding step as a call of `forward` with sequences of one token, whose convT is its conv0.

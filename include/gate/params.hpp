@@ -134,8 +134,8 @@ Status validate(const Inputs<T>& in, const Outputs<T>& out) {
 template <class T>
 Status validate(const Inputs<T>& in, const Upstream<T>& upstream, const Grads<T>& grads) {
     INTERSTATE_RETURN_IF_ERROR(validate(in));
-    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape_of(in)));
-    return check_tensors(grads, shape_of(in));
+    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape_of(in), "dout."));
+    return check_tensors(grads, shape_of(in), "grad.");
 }
 
 template <class T>

@@ -274,8 +274,8 @@ template <class T, class P>
 Status validate(const Options& options, const Inputs<T, P>& in, const Upstream<T>& upstream, const Grads<T, P>& grads) {
     INTERSTATE_RETURN_IF_ERROR(validate(options, in));
     INTERSTATE_RETURN_IF_ERROR(check_eta(options, upstream.etaT || grads.eta0));
-    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape_of(in)));
-    return check_tensors(grads, shape_of(in));
+    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape_of(in), "dout."));
+    return check_tensors(grads, shape_of(in), "grad.");
 }
 template <class P>
 Status validate(const Params<P>& params, const Discrete<P>& discrete) {
@@ -290,6 +290,12 @@ Status validate(const Params<P>& params, const Discrete<P>& discrete) {
 template <class T, class P>
 Status validate(const Options& options, const Discrete<P>& discrete, const State<acc_t<T>>& state, const Token<T>& token,
                 const TokenOut<T>& out) {
+    CheckPresent present;
+    present("Lam", discrete.Lam, {}, Need::required);
+    present("q", token.q, {}, Need::required);
+    present("k", token.k, {}, Need::required);
+    present("v", token.v, {}, Need::required);
+    INTERSTATE_RETURN_IF_ERROR(present.status);
     const Shape s = shape_of(discrete, token);
     INTERSTATE_RETURN_IF_ERROR(validate(s));
     INTERSTATE_RETURN_IF_ERROR(check_eta(options, static_cast<bool>(state.eta)));

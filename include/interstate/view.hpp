@@ -132,9 +132,13 @@ Status check_view(const char* name, const View<T, Rank>& v, const Index (&want)[
 /// operator's params.hpp).
 struct CheckTensors {
     Status status;
+    const char* prefix = "";  // of names in messages
     template <class T, int Rank>
     void operator()(const char* name, const View<T, Rank>& v, const Index (&want)[Rank], Need need) {
-        if (status.ok()) status = check_view(name, v, want, need);
+        if (!status.ok()) return;
+        char full[64];
+        std::snprintf(full, sizeof full, "%s%s", prefix, name);
+        status = check_view(full, v, want, need);
     }
 };
 
@@ -164,10 +168,11 @@ inline Status check_size(const char* name, Index size) {
                          static_cast<long long>(size));
 }
 
-/// Checks every tensor of a struct of views (taken by value: the walk wants a mutable one).
+/// Checks every tensor of a struct of views (taken by value: the walk wants a mutable one). Messages name gradients
+/// "grad.q" and their upstream "dout.o", as files of cases do.
 template <class Tensors, class Shape>
-Status check_tensors(Tensors tensors, const Shape& shape) {
-    CheckTensors check;
+Status check_tensors(Tensors tensors, const Shape& shape, const char* prefix = "") {
+    CheckTensors check{{}, prefix};
     visit(tensors, shape, check);
     return check.status;
 }

@@ -229,8 +229,8 @@ Status validate(const Inputs<T, P>& in, const Outputs<T>& out) {
 template <class T, class P>
 Status validate(const Inputs<T, P>& in, const Upstream<T>& upstream, const Grads<T, P>& grads) {
     INTERSTATE_RETURN_IF_ERROR(validate(in));
-    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape_of(in)));
-    return check_tensors(grads, shape_of(in));
+    INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, shape_of(in), "dout."));
+    return check_tensors(grads, shape_of(in), "grad.");
 }
 
 /// K (H, L) is f32 or f64; D and C_reverse are not read.
