@@ -290,26 +290,23 @@ Status validate(const Params<P>& params, const Discrete<P>& discrete) {
 template <class T, class P>
 Status validate(const Options& options, const Discrete<P>& discrete, const State<acc_t<T>>& state, const Token<T>& token,
                 const TokenOut<T>& out) {
-    CheckPresent present;
-    present("Lam", discrete.Lam, {}, Need::required);
-    present("q", token.q, {}, Need::required);
-    present("k", token.k, {}, Need::required);
-    present("v", token.v, {}, Need::required);
-    INTERSTATE_RETURN_IF_ERROR(present.status);
     const Shape s = shape_of(discrete, token);
+    const auto walk = [&](auto&& check) {
+        check("q", token.q, {s.batch, s.query_heads, s.features}, Need::required);
+        check("k", token.k, {s.batch, s.kv_heads, s.features}, Need::required);
+        check("v", token.v, {s.batch, s.kv_heads, s.value_dim}, Need::required);
+        check("Lam", discrete.Lam, {s.kv_heads, s.modes}, Need::required);
+        check("Bbar", discrete.Bbar, {s.kv_heads, s.modes}, Need::required);
+        check("C", discrete.C, {s.kv_heads, s.modes, s.modes}, Need::required);
+        check("x", state.x, {s.batch, s.kv_heads, s.modes, s.columns()}, Need::required);
+        check("eta", state.eta, {s.batch, s.kv_heads, s.modes}, options.normalized() ? Need::required : Need::optional);
+        check("o", out.o, {s.batch, s.query_heads, s.value_dim}, Need::required);
+        return check.status;
+    };
+    INTERSTATE_RETURN_IF_ERROR(walk(CheckPresent{}));
     INTERSTATE_RETURN_IF_ERROR(validate(s));
     INTERSTATE_RETURN_IF_ERROR(check_eta(options, static_cast<bool>(state.eta)));
-    CheckTensors check;
-    check("q", token.q, {s.batch, s.query_heads, s.features}, Need::required);
-    check("k", token.k, {s.batch, s.kv_heads, s.features}, Need::required);
-    check("v", token.v, {s.batch, s.kv_heads, s.value_dim}, Need::required);
-    check("o", out.o, {s.batch, s.query_heads, s.value_dim}, Need::required);
-    check("x", state.x, {s.batch, s.kv_heads, s.modes, s.columns()}, Need::required);
-    check("eta", state.eta, {s.batch, s.kv_heads, s.modes}, options.normalized() ? Need::required : Need::optional);
-    check("Lam", discrete.Lam, {s.kv_heads, s.modes}, Need::required);
-    check("Bbar", discrete.Bbar, {s.kv_heads, s.modes}, Need::required);
-    check("C", discrete.C, {s.kv_heads, s.modes, s.modes}, Need::required);
-    return check.status;
+    return walk(CheckTensors{});
 }
 
 /// How verify, replay and the golden cases reach the operator.
