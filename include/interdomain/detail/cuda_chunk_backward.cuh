@@ -28,9 +28,8 @@ struct ChunkBackward {
     Slots slots{};
     Slice slice{};
     int group = 1;
-    View<const T, 4> q{}, k{}, v{}, dout{};
-    View<T, 4> dq{}, dk{}, dv{};
-    bool wide_q = false, wide_k = false, wide_v = false, wide_dout = false, wide_dq = false, wide_dk = false, wide_dv = false;
+    HeadRows<const T> q{}, k{}, v{}, dout{};
+    HeadRows<T> dq{}, dk{}, dv{};
     const E* states = nullptr;         // (slot, kv head, 2)
     const E* adjoints = nullptr;       // (slot, kv head, 2)
     E* scaled = nullptr;               // (slot, query head, 2): conj(Lam^(t+1)) o conj(p or w)
@@ -178,13 +177,11 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
     device::wait_for_previous_kernel();
 
     const auto bring_tokens = [&](const Chunk<chunk_size>& chunk, int buffer) {
-        const int count = chunk.rows(), row = chunk.row();
         auto& to = shared.tokens[buffer];
-        using Rows = device::Rows<const T>;
-        device::copy_in<chunk_size, padded, query_threads>(to[0], Rows(run.q, chunk.batch(), row, hq, count, run.wide_q), 0, thread);
-        device::copy_in<chunk_size, padded, query_threads>(to[1], Rows(run.k, chunk.batch(), row, h, count, run.wide_k), 0, thread);
-        device::copy_in<chunk_size, padded, query_threads>(to[2], Rows(run.v, chunk.batch(), row, h, count, run.wide_v), 0, thread);
-        device::copy_in<chunk_size, padded, query_threads>(to[3], Rows(run.dout, chunk.batch(), row, hq, count, run.wide_dout), 0, thread);
+        bring_rows<T, query_threads>(to[0], run.q, chunk, hq, 0, thread);
+        bring_rows<T, query_threads>(to[1], run.k, chunk, h, 0, thread);
+        bring_rows<T, query_threads>(to[2], run.v, chunk, h, 0, thread);
+        bring_rows<T, query_threads>(to[3], run.dout, chunk, hq, 0, thread);
         device::commit_copies();
     };
     constexpr int buffers = QueryShared<T>::buffers;
@@ -251,7 +248,7 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
         }
         device::store_matrix<2 * S::square, query_threads>(run.weights + (at * query_heads + hq) * 2 * S::square, shared.weights[0], thread);
         __syncthreads();
-        if (run.dq) {
+        if (run.dq.view) {
             constexpr int tiles = padded / 8 / (2 * St::column_groups) < 2 ? 2 : padded / 8 / (2 * St::column_groups);
             const int first = lane.warp / St::row_groups * 8 * tiles;
             if (first < padded) {
@@ -261,8 +258,7 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
                 put_tiles<padded>(dq, tokens[2], steps.row, first, lane);
             }
             __syncthreads();
-            device::copy_out<chunk_size, padded, query_threads>(
-                tokens[2], device::Rows<T>(run.dq, chunk.batch(), chunk.row(), hq, chunk.rows(), run.wide_dq), 0, thread);
+            take_rows<T, query_threads>(tokens[2], run.dq, chunk, hq, 0, thread);
         }
         __syncthreads();
         buffer ^= buffers - 1;
@@ -394,17 +390,16 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
 
     for (ChunkList<chunk_size> list(run.slots, run.slice); list.more(); list.next()) {
         const Chunk<chunk_size> chunk = list.chunk;
-        const Index first_row = chunk.row(), at = list.slot - run.slice.begin;
+        const Index at = list.slot - run.slice.begin;
         const int count = chunk.rows(), shift = chunk_size - count;
-        using Rows = device::Rows<const T>;
-        device::copy_in<chunk_size, padded, token_threads>(shared.z[0], Rows(run.k, chunk.batch(), first_row, h, count, run.wide_k), shift, thread);
-        device::copy_in<chunk_size, padded, token_threads>(shared.z[1], Rows(run.v, chunk.batch(), first_row, h, count, run.wide_v), shift, thread);
+        bring_rows<T, token_threads>(shared.z[0], run.k, chunk, h, shift, thread);
+        bring_rows<T, token_threads>(shared.z[1], run.v, chunk, h, shift, thread);
         device::copy_matrix<2 * S::state, token_threads>(shared.adjoint[0], run.adjoints + (at * heads + h) * 2 * S::state, thread);
         float c[tiles][4];
         device::clear(c);
         for (int hq = h * run.group; hq < (h + 1) * run.group; ++hq) {
-            device::copy_in<chunk_size, padded, token_threads>(shared.from[0], Rows(run.q, chunk.batch(), first_row, hq, count, run.wide_q), 0, thread);
-            device::copy_in<chunk_size, padded, token_threads>(shared.from[1], Rows(run.dout, chunk.batch(), first_row, hq, count, run.wide_dout), 0, thread);
+            bring_rows<T, token_threads>(shared.from[0], run.q, chunk, hq, 0, thread);
+            bring_rows<T, token_threads>(shared.from[1], run.dout, chunk, hq, 0, thread);
             bring_weights<T, 2>(shared.weights[0], run.weights + (at * query_heads + hq) * 2 * S::square, shift, thread);
             device::wait_for_copies();
             __syncthreads();
@@ -427,10 +422,8 @@ __global__ void __launch_bounds__(token_threads, sizeof(typename Form<T>::Elemen
 
         put_tiles<padded>(c, shared.from[side], row, first, lane);
         __syncthreads();
-        if (run.dk)
-            device::copy_out<chunk_size, padded, token_threads>(shared.from[0], device::Rows<T>(run.dk, chunk.batch(), first_row, h, count, run.wide_dk), shift, thread);
-        if (run.dv)
-            device::copy_out<chunk_size, padded, token_threads>(shared.from[1], device::Rows<T>(run.dv, chunk.batch(), first_row, h, count, run.wide_dv), shift, thread);
+        if (run.dk.view) take_rows<T, token_threads>(shared.from[0], run.dk, chunk, h, shift, thread);
+        if (run.dv.view) take_rows<T, token_threads>(shared.from[1], run.dv, chunk, h, shift, thread);
         __syncthreads();
     }
 

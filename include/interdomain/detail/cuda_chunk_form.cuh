@@ -175,6 +175,22 @@ struct ChunkList {
     }
 };
 
+/// Starts to bring a panel of a head's rows, their first one to row `shift`, by `threads` threads. `ones`: with a column of ones
+/// behind the last.
+template <class T, int threads, bool ones = false>
+__device__ void bring_rows(typename Form<T>::Element* to, const HeadRows<const T>& from, const Chunk<Form<T>::chunk>& chunk, int head, int shift,
+                           int thread, int panel = 0) {
+    device::copy_in<Form<T>::chunk, padded, threads, ones>(
+        to, device::Rows<const T>(from.view, chunk.batch(), chunk.row(), head, chunk.rows(), from.wide, panel * padded), shift, thread);
+}
+/// Takes them out again.
+template <class T, int threads>
+__device__ void take_rows(const typename Form<T>::Element* from, const HeadRows<T>& to, const Chunk<Form<T>::chunk>& chunk, int head, int shift,
+                          int thread, int panel = 0) {
+    device::copy_out<Form<T>::chunk, padded, threads>(
+        from, device::Rows<T>(to.view, chunk.batch(), chunk.row(), head, chunk.rows(), to.wide, panel * padded), shift, thread);
+}
+
 /// Rounds what becomes a factor of products: where the unit cuts low bits, cutting would be a bias.
 template <class T>
 __device__ float factor(float x) {

@@ -12,9 +12,8 @@ struct ChunkOutput {
     Slots slots{};
     Slice slice{};
     int group = 1;
-    View<const T, 4> q{}, k{}, v{};
-    View<T, 4> o{};
-    bool wide_q = false, wide_k = false, wide_v = false, wide_o = false;
+    HeadRows<const T> q{}, k{}, v{};
+    HeadRows<T> o{};
     const E* states = nullptr;
 };
 
@@ -54,15 +53,13 @@ __global__ void __launch_bounds__(group_threads, sizeof(typename Form<T>::Elemen
     const auto states_of = [&](int slot) { return run.states + (static_cast<Index>(slot - run.slice.begin) * heads + h) * 2 * S::state; };
     for (ChunkList<S::chunk> list(run.slots, run.slice); list.more(); list.next()) {
         const Chunk<S::chunk> chunk = list.chunk;
-        const Index row = chunk.row();
-        const int count = chunk.rows();
         const E* const states = states_of(list.slot);
-        device::copy_in<S::chunk, padded, group_threads>(shared.q, device::Rows<const T>(run.q, chunk.batch(), row, hq, count, run.wide_q), 0, thread);
-        device::copy_in<S::chunk, padded, group_threads>(shared.k, device::Rows<const T>(run.k, chunk.batch(), row, h, count, run.wide_k), 0, thread);
+        bring_rows<T, group_threads>(shared.q, run.q, chunk, hq, 0, thread);
+        bring_rows<T, group_threads>(shared.k, run.k, chunk, h, 0, thread);
         device::commit_copies();
         device::copy_matrix<S::state, group_threads>(shared.state[0], states, thread);
         device::commit_copies();
-        device::copy_in<S::chunk, padded, group_threads>(shared.v, device::Rows<const T>(run.v, chunk.batch(), row, h, count, run.wide_v), 0, thread);
+        bring_rows<T, group_threads>(shared.v, run.v, chunk, h, 0, thread);
         device::copy_matrix<S::state, group_threads>(shared.state[1], states + S::state, thread);
         device::commit_copies();
 
@@ -97,7 +94,7 @@ __global__ void __launch_bounds__(group_threads, sizeof(typename Form<T>::Elemen
         read_tokens<T>(o, shared.square, shared.v, shared.a, shared.state[1], steps.row, steps.feature_column(), steps.lane.index);
         put_tiles<padded>(o, w, steps.row, steps.feature_column(), steps.lane);
         __syncthreads();
-        device::copy_out<S::chunk, padded, group_threads>(w, device::Rows<T>(run.o, chunk.batch(), row, hq, count, run.wide_o), 0, thread);
+        take_rows<T, group_threads>(w, run.o, chunk, hq, 0, thread);
         __syncthreads();
     }
 }

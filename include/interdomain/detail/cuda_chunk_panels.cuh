@@ -47,29 +47,22 @@ struct PanelRun {
 
 inline namespace INTERSTATE_KERNELS {
 
-/// Starts to bring a panel of a head's rows; their first one to row `shift`.
-template <class T>
-__device__ void bring_rows(typename Form<T>::Element* to, const HeadRows<const T>& from, const Chunk<Sizes<T>::chunk>& chunk, int head, int panel,
-                           int shift, int thread) {
-    const device::Rows<const T> rows(from.view, chunk.batch(), chunk.row(), head, chunk.rows(), from.wide, panel * padded);
-    if (from.ones)
-        device::copy_in<Sizes<T>::chunk, padded, group_threads, true>(to, rows, shift, thread);
-    else
-        device::copy_in<Sizes<T>::chunk, padded, group_threads>(to, rows, shift, thread);
-}
 template <class T>
 __device__ void bring_rows(typename Form<T>::Element* to, const Source<T>& from, const Chunk<Sizes<T>::chunk>& chunk, Index at, int head, int panel,
                            int thread) {
     if (from.panels)
         device::copy_matrix<Sizes<T>::tokens, group_threads>(to, from.panel(at, head, panel), thread);
     else
-        bring_rows<T>(to, from.rows, chunk, head, panel, 0, thread);
+        bring_rows<T, group_threads>(to, from.rows, chunk, head, 0, thread, panel);
 }
+/// With the column of ones, where there is one.
 template <class T>
-__device__ void take_rows(const typename Form<T>::Element* from, const HeadRows<T>& to, const Chunk<Sizes<T>::chunk>& chunk, int head, int panel,
-                          int shift, int thread) {
-    device::copy_out<Sizes<T>::chunk, padded, group_threads>(
-        from, device::Rows<T>(to.view, chunk.batch(), chunk.row(), head, chunk.rows(), to.wide, panel * padded), shift, thread);
+__device__ void bring_rows_and_ones(typename Form<T>::Element* to, const HeadRows<const T>& from, const Chunk<Sizes<T>::chunk>& chunk, int head,
+                                    int panel, int shift, int thread) {
+    if (from.ones)
+        bring_rows<T, group_threads, true>(to, from, chunk, head, shift, thread, panel);
+    else
+        bring_rows<T, group_threads>(to, from, chunk, head, shift, thread, panel);
 }
 
 /// Where there is room in shared memory, what the next step needs is on its way during a step.
@@ -143,7 +136,7 @@ __global__ void __launch_bounds__(group_threads, 2) panel_coefficients_kernel(Pa
         run.slots, run.slice, run.panels_of_x(),
         [&](const Chunk& chunk, Index at, int panel, int buffer) {
             bring_rows<T>(shared.x[buffer], run.x, chunk, at, hq, panel, thread);
-            bring_rows<T>(shared.y[buffer], run.y, chunk, h, panel, 0, thread);
+            bring_rows_and_ones<T>(shared.y[buffer], run.y, chunk, h, panel, 0, thread);
             device::copy_matrix<S::state, group_threads>(shared.state[buffer], run.state(at, h, of_modes, run.x_in_state() + panel), thread);
         },
         [&](const Chunk&, Index, int panel, int buffer) {
@@ -241,7 +234,7 @@ __global__ void __launch_bounds__(group_threads, 2) panel_output_kernel(PanelRun
         typename St::FeatureTiles o;
         device::clear(weights);
         device::clear(o);
-        if (reads) bring_rows<T>(shared.z, run.z, list.chunk, h, panel, 0, thread);
+        if (reads) bring_rows_and_ones<T>(shared.z, run.z, list.chunk, h, panel, 0, thread);
         for (int of_modes = 0; of_modes < run.panels.modes; ++of_modes) {
             const Index table = static_cast<Index>(h) * run.panels.modes + of_modes;
             device::copy_matrix<S::coefficients, group_threads>(shared.w, run.w + run.panel(at, hq, run.side, of_modes), thread);
@@ -276,7 +269,7 @@ __global__ void __launch_bounds__(group_threads, 2) panel_output_kernel(PanelRun
                 __syncthreads();
                 put_tiles<padded>(o, shared.z, steps.row, steps.feature_column(), steps.lane);
                 __syncthreads();
-                take_rows<T>(shared.z, run.out, list.chunk, hq, panel, 0, thread);
+                take_rows<T, group_threads>(shared.z, run.out, list.chunk, hq, 0, thread, panel);
             }
         }
         __syncthreads();
@@ -466,7 +459,7 @@ __global__ void __launch_bounds__(token_threads, 2) panel_token_gradient_kernel(
             auto* const out = shared.step[buffer].table;
             put_tiles<padded>(c, out, row, first, steps.lane);
             __syncthreads();
-            take_rows<T>(out, run.dz[side], chunk, h, panel, S::chunk - chunk.rows(), thread);
+            take_rows<T, token_threads>(out, run.dz[side], chunk, h, S::chunk - chunk.rows(), thread, panel);
             __syncthreads();
         });
 }
@@ -501,7 +494,7 @@ __global__ void __launch_bounds__(token_threads, 2) panel_token_sums_kernel(Pane
             auto& to = shared.step[buffer];
             const int side = column < run.panels.keys ? 0 : 1;
             const Index panel = run.state(at * heads + h, of_modes, column);
-            bring_rows<T>(to.z, run.z[side], chunk, h, column - side * run.panels.keys, S::chunk - chunk.rows(), thread);
+            bring_rows_and_ones<T>(to.z, run.z[side], chunk, h, column - side * run.panels.keys, S::chunk - chunk.rows(), thread);
             device::copy_matrix<S::state, token_threads>(to.state, run.states + panel, thread);
             device::copy_matrix<S::state, token_threads>(to.adjoint, run.adjoints + panel, thread);
         },

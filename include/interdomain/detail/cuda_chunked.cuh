@@ -266,10 +266,6 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
                                  .k = in.k,
                                  .v = in.v,
                                  .o = out.o,
-                                 .wide_q = device::moves_wide(in.q, s.features),
-                                 .wide_k = sweep.half[0].rows.wide,
-                                 .wide_v = sweep.half[1].rows.wide,
-                                 .wide_o = device::moves_wide(out.o, s.value_dim),
                                  .states = w.states};
         INTERSTATE_RETURN_IF_ERROR(launch_output(exec, options, run, w.tables, s.query_heads, w.plan.output_parts));
     }
@@ -358,13 +354,6 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
                          .dq = grads.q,
                          .dk = grads.k,
                          .dv = grads.v,
-                         .wide_q = device::moves_wide(in.q, s.features),
-                         .wide_k = device::moves_wide(in.k, s.features),
-                         .wide_v = device::moves_wide(in.v, s.value_dim),
-                         .wide_dout = device::moves_wide(upstream.o, s.value_dim),
-                         .wide_dq = device::moves_wide(grads.q, s.features),
-                         .wide_dk = device::moves_wide(grads.k, s.features),
-                         .wide_dv = device::moves_wide(grads.v, s.value_dim),
                          .states = w.states,
                          .adjoints = w.adjoints,
                          .scaled = w.scaled,
