@@ -10,7 +10,7 @@
 #include <interstate/cuda/rows.cuh>
 #include <interstate/cuda/sequences.cuh>
 #include <interstate/workspace.hpp>
-#include <s4d/detail/cuda_system.cuh>
+#include <s4d/detail/discretize.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace interdomain::detail::chunks {
@@ -130,9 +130,8 @@ struct Chunk {
     int recurrence, index, count_of_chunks, begin, end;  // begin, end: rows of the recurrence
     __device__ Chunk(const Slots& slots, int slot) {
         if (slots.cu) {
-            const s4d::Shape shape{.batch = 1, .length = slots.length, .sequences = slots.recurrences};
-            recurrence = static_cast<int>(s4d::detail::recurrence_of(slots.cu, shape, slot, size));
-            index = slot - static_cast<int>(s4d::detail::first_tile(slots.cu, recurrence, slots.length, size));
+            recurrence = static_cast<int>(device::recurrence_of(slots.cu, slots.recurrences, slots.length, slot, size));
+            index = slot - static_cast<int>(device::first_tile(slots.cu, recurrence, slots.length, size));
             const RowRange range = device::checked_rows(slots.cu, recurrence, slots.length);
             begin = static_cast<int>(range.begin);
             end = static_cast<int>(range.end);

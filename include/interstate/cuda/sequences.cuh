@@ -2,6 +2,7 @@
 #pragma once
 
 #include <interstate/cuda/launch.cuh>
+#include <interstate/dispatch.hpp>
 #include <interstate/sequences.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -14,6 +15,25 @@ __device__ inline RowRange checked_rows(const View<const std::int32_t, 1>& cu, I
     if (begin >= 0 && begin <= end && end <= length) return {begin, end};
     const Index b = begin < 0 ? 0 : begin > length ? length : begin;
     return {b, end < b ? b : end > length ? length : end};
+}
+
+/// Tiles of the length axis, numbered so that every sequence starts a new one: that of the first tile of recurrence i. Packed,
+/// some numbers stay unused; offsets are kept in bounds as by checked_rows.
+INTERSTATE_HD inline Index first_tile(const View<const std::int32_t, 1>& cu, Index i, Index length, Index tile) {
+    if (!cu) return i * ceil_div(length, tile);
+    const Index begin = cu(i) < 0 ? 0 : cu(i) > length ? length : cu(i);
+    return begin / tile + i;
+}
+
+/// The recurrence whose tile has number `slot`: the last one that starts at or before it.
+__device__ inline Index recurrence_of(const View<const std::int32_t, 1>& cu, Index recurrences, Index length, Index slot, Index tile) {
+    if (!cu) return slot / ceil_div(length, tile);
+    Index low = 0, high = recurrences;
+    while (high - low > 1) {
+        const Index middle = (low + high) / 2;
+        (first_tile(cu, middle, length, tile) <= slot ? low : high) = middle;
+    }
+    return low;
 }
 
 }  // namespace device

@@ -288,9 +288,9 @@ struct Tiles {
         slot = part * each;
         last_slot = slot + each < slots ? slot + each : slots;
         if (!more()) return;
-        i = recurrence_of(cu, s, slot, tile);
+        i = device::recurrence_of(cu, s.states(), s.length, slot, tile);
         const RowRange range = device::checked_rows(cu, i, length);
-        const Index first = first_tile(cu, i, length, tile);
+        const Index first = device::first_tile(cu, i, length, tile);
         if (slot < first) slot = first;  // before the first recurrence
         row = range.begin + (slot - first) * tile;
         end = range.end;
@@ -309,7 +309,7 @@ struct Tiles {
     /// On to a number that a tile has: recurrences may be empty, and numbers unused.
     __device__ void skip_to_rows() {
         while (row >= end && more()) {
-            slot = ++i < recurrences ? first_tile(cu, i, length, tile) : last_slot;
+            slot = ++i < recurrences ? device::first_tile(cu, i, length, tile) : last_slot;
             if (!more()) return;
             const RowRange range = device::checked_rows(cu, i, length);
             row = range.begin;

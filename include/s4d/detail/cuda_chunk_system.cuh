@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(32 * block_channels<T>, sizeof(T) == 2 ? 1 : 2
     }
     __syncthreads();
 
-    const Index first_slot = run.checkpoints ? first_tile(run.cu, seg.i, L, tile_size) : 0;
+    const Index first_slot = run.checkpoints ? device::first_tile(run.cu, seg.i, L, tile_size) : 0;
     for (int left = seg.last - seg.first; left > 0; --left, k += tile_step) {
         const int count = seg.count(k);
         device::wait_for_copies();

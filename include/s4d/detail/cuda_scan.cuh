@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(scan_threads)
 #pragma unroll
         for (int j = 0; j < scan_items; ++j) y[j] = K0[h] * u[j];
         complex<A>* const checkpoint =
-            run.checkpoints ? run.checkpoints + ((first_tile(run.cu, i, run.shape.length, scan_tile) + k) * H + h) * N
+            run.checkpoints ? run.checkpoints + ((device::first_tile(run.cu, i, run.shape.length, scan_tile) + k) * H + h) * N
                             : nullptr;
         for (Index n = 0; n < N; ++n) {
             const ScanMode<A> m = modes[n];
@@ -193,9 +193,9 @@ __global__ void __launch_bounds__(scan_threads)
     double u_dy = 0.0;
     const Index slots = tile_count(run.shape, scan_tile);
     for (Index slot = blockIdx.y; slot < slots; slot += gridDim.y) {
-        const Index i = recurrence_of(run.cu, run.shape, slot, scan_tile);
+        const Index i = device::recurrence_of(run.cu, run.shape.states(), run.shape.length, slot, scan_tile);
         const RowRange rows = device::checked_rows(run.cu, i, run.shape.length);
-        const Index begin = rows.begin + (slot - first_tile(run.cu, i, run.shape.length, scan_tile)) * scan_tile;
+        const Index begin = rows.begin + (slot - device::first_tile(run.cu, i, run.shape.length, scan_tile)) * scan_tile;
         if (begin < rows.begin || begin >= rows.end) continue;  // a number that no tile has
         const int count = static_cast<int>(rows.end - begin < scan_tile ? rows.end - begin : scan_tile);
         const ScanPlace place(begin, count, run.backwards);

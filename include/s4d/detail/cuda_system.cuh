@@ -52,14 +52,7 @@ struct SystemRun {
     ModeRange modes{};                    // only the chunked method, which sets it
 };
 
-/// Tiles of the length axis, numbered so that every sequence starts a new one: `first_tile` of recurrence i,
-/// and how many numbers there are. Packed, some numbers stay unused; offsets are kept in bounds as
-/// device::checked_rows keeps them.
-INTERSTATE_HD inline Index first_tile(const View<const std::int32_t, 1>& cu, Index i, Index length, Index tile) {
-    if (!cu) return i * ceil_div(length, tile);
-    const Index begin = cu(i) < 0 ? 0 : cu(i) > length ? length : cu(i);
-    return begin / tile + i;
-}
+/// How many tiles are numbered (device::first_tile). Packed, some numbers stay unused.
 INTERSTATE_HD inline Index tile_count(const Shape& s, Index tile) {
     if (s.states() == 0) return 0;
     return s.packed() ? s.length / tile + s.sequences : s.batch * ceil_div(s.length, tile);
@@ -75,17 +68,6 @@ struct PartialSums {
 };
 
 inline namespace INTERSTATE_KERNELS {
-
-/// The recurrence whose tile has number `slot`: the last one that starts at or before it.
-__device__ inline Index recurrence_of(const View<const std::int32_t, 1>& cu, const Shape& s, Index slot, Index tile) {
-    if (!cu) return slot / ceil_div(s.length, tile);
-    Index low = 0, high = s.states();
-    while (high - low > 1) {
-        const Index middle = (low + high) / 2;
-        (first_tile(cu, middle, s.length, tile) <= slot ? low : high) = middle;
-    }
-    return low;
-}
 
 /// The system of one half in float64 (eq. 2), and what its mode adds to K0.
 template <class P>
