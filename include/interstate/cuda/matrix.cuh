@@ -190,13 +190,10 @@ class Sums {
     [[no_unique_address]] std::conditional_t<precision == Precision::exact, Parts, Nothing> parts_;
 };
 
-/// c (16 x 8 tiles) += rows row .. row + 15 of a times columns n .. of b, summed over k = first .. first + count - 1.
-template <Precision precision, int count, int tiles, class A, class B>
-__device__ void multiply(float (&c)[tiles][4], const A& a, int row, const B& b, int n, int first, int lane) {
+/// `count` steps of k of a product.
+template <Precision precision, int count, int tiles, class FromA, class FromB>
+__device__ void add_products(Sums<precision, tiles>& sums, const FromA& from_a, const FromB& from_b) {
     static_assert(tiles % 2 == 0);
-    const auto from_a = rows_of(a, row, first, lane);
-    const auto from_b = columns_of(b, n, first, lane);
-    Sums<precision, tiles> sums(c);
 #pragma unroll
     for (int k = 0; k < count; k += depth<precision>) {
         Factors<float, precision, 2> fa;
@@ -209,29 +206,24 @@ __device__ void multiply(float (&c)[tiles][4], const A& a, int row, const B& b, 
             sums.add(i + 1, fa, fb[1]);
         }
     }
+}
+
+/// c (16 x 8 tiles) += rows row .. row + 15 of a times columns n .. of b, summed over k = first .. first + count - 1.
+template <Precision precision, int count, int tiles, class A, class B>
+__device__ void multiply(float (&c)[tiles][4], const A& a, int row, const B& b, int n, int first, int lane) {
+    Sums<precision, tiles> sums(c);
+    add_products<precision, count>(sums, rows_of(a, row, first, lane), columns_of(b, n, first, lane));
     sums.finish();
 }
 /// The same with a count, a multiple of 16, that is known at run time.
 template <Precision precision, int tiles, class A, class B>
 __device__ void multiply(float (&c)[tiles][4], const A& a, int row, const B& b, int n, int first, int count, int lane) {
-    static_assert(tiles % 2 == 0);
     auto from_a = rows_of(a, row, first, lane);
     auto from_b = columns_of(b, n, first, lane);
     Sums<precision, tiles> sums(c);
 #pragma unroll 1
     for (; count > 0; count -= 16) {
-#pragma unroll
-        for (int k = 0; k < 16; k += depth<precision>) {
-            Factors<float, precision, 2> fa;
-            from_a.load(fa, 0, k);
-#pragma unroll
-            for (int i = 0; i < tiles; i += 2) {
-                Factors<float, precision, 1> fb[2];
-                from_b.load(fb, 8 * i, k);
-                sums.add(i, fa, fb[0]);
-                sums.add(i + 1, fa, fb[1]);
-            }
-        }
+        add_products<precision, 16>(sums, from_a, from_b);
         from_a.move(16);
         from_b.move(16);
     }

@@ -131,16 +131,26 @@ __device__ void copy_out(const E* from, const Rows<T>& to, int shift, int thread
     }
 }
 
-/// Starts a copy of `count` elements, whole units of 16 bytes, as they lie.
-template <int count, int threads, class E>
-__device__ void copy_matrix(E* to, const E* from, int thread) {
+/// f(to, from) for a thread's share of `count` elements, units of 16 bytes.
+template <int count, int threads, class E, class Function>
+__device__ void each_unit(E* to, const E* from, int thread, Function&& f) {
     constexpr int V = 16 / static_cast<int>(sizeof(E)), units = count / V;
     static_assert(count % V == 0);
     to += thread * V;
     from += thread * V;
 #pragma unroll
     for (int i = 0; i < (units + threads - 1) / threads; ++i)
-        if (units % threads == 0 || thread + i * threads < units) copy_async_16(to + i * threads * V, from + i * threads * V, true);
+        if (units % threads == 0 || thread + i * threads < units) f(to + i * threads * V, from + i * threads * V);
+}
+/// Starts a copy of `count` elements, whole units of 16 bytes, as they lie.
+template <int count, int threads, class E>
+__device__ void copy_matrix(E* to, const E* from, int thread) {
+    each_unit<count, threads>(to, from, thread, [](E* a, const E* b) { copy_async_16(a, b, true); });
+}
+/// The same out to memory.
+template <int count, int threads, class E>
+__device__ void store_matrix(E* to, const E* from, int thread) {
+    each_unit<count, threads>(to, from, thread, [](E* a, const E* b) { *reinterpret_cast<int4*>(a) = *reinterpret_cast<const int4*>(b); });
 }
 
 /// Starts a copy of columns first ... first + columns - 1 of a blocked matrix of `all` columns.
@@ -163,19 +173,6 @@ __device__ void prefetch_matrix(const E* from, int thread) {
 #pragma unroll
     for (int i = 0; i < (lines + threads - 1) / threads; ++i)
         if (lines % threads == 0 || thread + i * threads < lines) prefetch(from + (thread + i * threads) * line);
-}
-
-/// The same out to memory.
-template <int count, int threads, class E>
-__device__ void store_matrix(E* to, const E* from, int thread) {
-    constexpr int V = 16 / static_cast<int>(sizeof(E)), units = count / V;
-    static_assert(count % V == 0);
-    to += thread * V;
-    from += thread * V;
-#pragma unroll
-    for (int i = 0; i < (units + threads - 1) / threads; ++i)
-        if (units % threads == 0 || thread + i * threads < units)
-            *reinterpret_cast<int4*>(to + i * threads * V) = *reinterpret_cast<const int4*>(from + i * threads * V);
 }
 
 }  // namespace device
