@@ -81,8 +81,8 @@ constexpr Index input_columns(const Config& c) {
            (c.gate ? output_columns(c) : 0);
 }
 
-/// Parameters beside the two projections, of input_columns (the gate's included) and output_columns; complex numbers count twice. For `full` it is interdomain::parameter_count, which
-/// is what the paper's totals contain.
+/// Parameters beside the two projections, that in with input_columns (the gate's are among them) and that out; complex
+/// numbers count twice. For `full` it is interdomain::parameter_count, which is what the paper's totals contain.
 constexpr Index parameter_count(const Config& c) {
     Index count = interdomain::parameter_count({.query_heads = c.query_heads,
                                                 .kv_heads = c.kv_heads,
