@@ -2,8 +2,9 @@
 // ablation. Source: arXiv 2605.24330; docs/ops/interdomain_layer.md.
 //
 // It is a description and calls nothing: the projections between the operators are matrix products that belong to the user's
-// framework. A composition of all calls, with backward and step, is examples/01_language_model/mixers/interdomain.hpp. A folder
-// of its own, because it looks at operators that must not look at each other.
+// framework. Cell::full without the gate is composed, with backward and step, in examples/01_language_model/mixers/interdomain.hpp,
+// Cell::s4d_only in s4d_only.hpp beside it; the gate and the other cells have no example. A folder of its own, because it
+// looks at operators that must not look at each other.
 #pragma once
 
 #include <optional>
@@ -80,8 +81,8 @@ constexpr Index input_columns(const Config& c) {
            (c.gate ? output_columns(c) : 0);
 }
 
-/// Parameters beside the two projections; complex numbers count twice. For `full` it is interdomain::parameter_count, which
-/// is what the paper's totals contain.
+/// Parameters beside the two projections, that in with input_columns (the gate's are among them) and that out; complex
+/// numbers count twice. For `full` it is interdomain::parameter_count, which is what the paper's totals contain.
 constexpr Index parameter_count(const Config& c) {
     Index count = interdomain::parameter_count({.query_heads = c.query_heads,
                                                 .kv_heads = c.kv_heads,

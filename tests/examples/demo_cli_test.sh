@@ -41,6 +41,9 @@ small=(--text text.txt --sample 20 --threads 2)
 for option in --mixer --all --text --steps --seed --threads --checkpoint --resume --sample --prompt; do
     grep -q -e "$option" help.out || fail "--help does not mention $option"
 done
+for value in 'default: s4d' 'steps.*=.*800' 'seed.*=.*1' 'sample.*=.*120' 'prompt.*=.*"And "'; do
+    grep -q -e "$value" help.out || fail "--help lacks a default: $value"
+done
 refuses 'nonsense' --nonsense
 refuses 'stray' stray
 refuses 'steps' "${small[@]}" --steps 0
@@ -74,6 +77,7 @@ grep -q $'\x1b\|\r' whole.out && fail "whole run: escape codes in a file"
 for word in unigram bigram 'bits/byte' parameters 'decode' 's4d writes' 'softmax writes'; do
     grep -q "$word" whole.out || fail "whole run: output lacks '$word'"
 done
+tail -n 1 whole.out | grep -q '^Verdict: none.* 12' || fail "a short run is judged: $(tail -n 1 whole.out)"
 expected=$(grep '^Same seed' whole.out)
 
 # The same bits on another number of threads, and not with another seed.

@@ -19,7 +19,8 @@ inline const std::vector<MixerEntry>& all_mixers() {
         {"softmax", "causal softmax attention, rotary positions", true, make_mixer<SoftmaxMixer>},
         {"interdomain", "Interdomain Attention: queries read a compressed past", true,
          make_mixer<InterdomainMixer>},
-        {"s4d_only", "the same without keys, values and queries", true, make_mixer<S4dOnlyMixer>},
+        {"s4d_only", "ablation of interdomain: its recurrence without queries, keys and values", true,
+         make_mixer<S4dOnlyMixer>},
     };
     return entries;
 }
