@@ -332,7 +332,7 @@ struct ChunkedCall {
         return g.log_dt || g.log_neg_re || g.im || g.B || g.C;
     }
 
-    /// A chunk of backward: Y is the adjoint of its final state. Leaves in w.gain what the chunk adds to Lam^T Y
+    /// A chunk of backward: Y is the adjoint of its final state. Leaves in w.gain what the chunk adds to Lam^N Y
     /// (eq. 22); where not `adjoint_only`, writes dq, dk and dv and adds to w.parts.
     void backward_chunk(const HeadTables<A>& t, const Recurrence& r, Index first, Index count, const A* X, const A* Y,
                         bool adjoint_only, const Scratch& w) const {

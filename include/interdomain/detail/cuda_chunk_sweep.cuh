@@ -51,8 +51,8 @@ struct SweepShared {
     E a[adjoint ? 2 : 1][Sizes<T>::coefficients];
 };
 
-/// Block (recurrence or slot, kv head, panel and columns): X = Lam^T X + table^T z (eq. 18), or Y = conj(Lam)^T Y + scaled^T z (eq. 22). A warp
-/// has 8 modes, real and imaginary parts in one lane, and all of the columns.
+/// Block (recurrence or slot, kv head, panel and columns): X = Lam^N X + table^T z (eq. 18), or Y = conj(Lam)^N Y + scaled^T z
+/// (eq. 22), N being the chunk's tokens. A warp has 8 modes, real and imaginary parts in one lane, and all of the columns.
 template <class T, bool adjoint, bool plain>
 __global__ void __launch_bounds__(sweep_threads, sizeof(typename Form<T>::Element) == 2 ? 4 : 2) sweep_kernel(Sweep<T> run, Tables<T> tables) {
     using S = Sizes<T>;
