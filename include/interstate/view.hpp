@@ -136,7 +136,9 @@ struct CheckTensors {
     template <class T, int Rank>
     void operator()(const char* name, const View<T, Rank>& v, const Index (&want)[Rank], Need need) {
         if (!status.ok()) return;
-        char full[64];
+        status = check_view(name, v, want, need);
+        if (status.ok() || !*prefix) return;
+        char full[64];  // made only where there is something to say
         std::snprintf(full, sizeof full, "%s%s", prefix, name);
         status = check_view(full, v, want, need);
     }

@@ -28,7 +28,7 @@ inline namespace INTERSTATE_KERNELS {
 
 inline KernelChoice which_kernel(const cuda&, const Options&, const Shape& shape) {
     if (detail::fits_warps(shape))
-        return {"random_features.cuda.warps", "tensor cores, factors split into two tf32 numbers; any strides"};
+        return {"random_features.cuda.warps", "tensor cores, factors split into bf16 numbers; any strides"};
     return {"random_features.cuda.products", shape.dtype == DType::f64 ? "tiles of 64 x 64 in double FMAs: f64"
                                                                        : "tiles of 64 x 64 in float FMAs: heads of more than 64 channels"};
 }

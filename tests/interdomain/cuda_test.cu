@@ -88,12 +88,17 @@ Case moved_by_rounding(Case in, const Options& options, RunOptions run) {
     return moved;
 }
 
+/// Makes a normalised case and its options those of the plain readout, whose results are the numerators.
+inline void without_normalizer(Case& c, Options& options) {
+    options.normalizer = Normalizer::none;
+    c.tensors.erase("eta0");
+    c.tensors.erase("dout.etaT");
+}
+
 /// With a normaliser gradients are differences of what comes from numerators and from denominators (eq. 11), nearly equal where
 /// outputs hardly vary. These are the gradients of the numerators: dout / den into the plain readout.
 inline Case gradients_of_numerators(Case in, Options options, RunOptions run, const Case& want) {
-    options.normalizer = Normalizer::none;
-    in.tensors.erase("eta0");
-    in.tensors.erase("dout.etaT");
+    without_normalizer(in, options);
     Case plain, terms;
     if (!run_case<Operator, double, double>(reference{}, options, in, plain, run).ok()) return {};
     HostTensor& up = in.tensors.at("dout.o");
@@ -106,9 +111,7 @@ inline Case gradients_of_numerators(Case in, Options options, RunOptions run, co
 }
 /// The error of outputs where the denominator is at least 0.3 of its root mean square, whatever it is elsewhere.
 inline double error_of_safe_quotients(Case in, Options options, RunOptions run, const HostTensor& want, const HostTensor& got) {
-    options.normalizer = Normalizer::none;
-    in.tensors.erase("eta0");
-    in.tensors.erase("dout.etaT");
+    without_normalizer(in, options);
     Case plain;
     if (!run_case<Operator, double, double>(reference{}, options, in, plain, run).ok()) return INFINITY;
     const std::vector<double>& num = plain.tensors.at("out.o").values;

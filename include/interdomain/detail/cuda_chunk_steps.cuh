@@ -126,17 +126,23 @@ struct Steps {
     __device__ void add_products_with_state(WideTiles& c, const E* x, const E* state) const {
         device::multiply<F::precision, padded>(c, device::as_stored<padded>(x), row, device::as_stored<padded>(state), wide_column(), 0, lane.index);
     }
-    /// Lam^(t+1) o c.
-    __device__ void age(WideTiles& c, const Powers& powers) const {
+    /// c by Lam^(t+1) or its conjugate.
+    template <bool conjugate>
+    __device__ void turn(WideTiles& c, const Powers& powers) const {
         each_pair([&](int i, int e, int, int, int) {
             const float4 p = powers(i, e);
+            const float y = conjugate ? -p.y : p.y, w = conjugate ? -p.w : p.w;
             const float re0 = c[i][e], re1 = c[i][e + 1], im0 = c[i + 1][e], im1 = c[i + 1][e + 1];
-            c[i][e] = p.x * re0 - p.y * im0;
-            c[i + 1][e] = p.x * im0 + p.y * re0;
-            c[i][e + 1] = p.z * re1 - p.w * im1;
-            c[i + 1][e + 1] = p.z * im1 + p.w * re1;
+            c[i][e] = p.x * re0 - y * im0;
+            c[i + 1][e] = p.x * im0 + y * re0;
+            c[i][e + 1] = p.z * re1 - w * im1;
+            c[i + 1][e + 1] = p.z * im1 + w * re1;
         });
     }
+    /// Lam^(t+1) o c.
+    __device__ void age(WideTiles& c, const Powers& powers) const { turn<false>(c, powers); }
+    /// conj(Lam)^(t+1) o conj(w).
+    __device__ void scale(WideTiles& c, const Powers& powers) const { turn<true>(c, powers); }
     /// What the entering state adds: Lam^(t+1) (X x[t]).
     __device__ void coefficients_of_state(WideTiles& c, const E* x, const E* state, const Powers& powers) const {
         device::clear(c);
@@ -273,18 +279,6 @@ struct Steps {
         device::clear(c);
         add_mixed_real(c, s, mix);
         double_and_conjugate(c);
-    }
-
-    /// conj(Lam)^(t+1) o conj(w).
-    __device__ void scale(WideTiles& c, const Powers& powers) const {
-        each_pair([&](int i, int e, int, int, int) {
-            const float4 p = powers(i, e);
-            const float re0 = c[i][e], re1 = c[i][e + 1], im0 = c[i + 1][e], im1 = c[i + 1][e + 1];
-            c[i][e] = p.x * re0 + p.y * im0;
-            c[i + 1][e] = p.x * im0 - p.y * re0;
-            c[i][e + 1] = p.z * re1 + p.w * im1;
-            c[i + 1][e + 1] = p.z * im1 - p.w * re1;
-        });
     }
 
     /// Re sum_m w[t,m] Lam[m]^n Bbar[m] (eq. 16) of a warp's tokens; only of a warp that has a lag n <= t.

@@ -38,7 +38,7 @@ __device__ T store_as(A x) {
     }
 }
 
-/// Two elements that lie side by side.
+/// Two elements that lie side by side, the first in the lower half of a register.
 template <class T>
 using Pair = std::conditional_t<sizeof(T) == 2, std::uint32_t, std::conditional_t<sizeof(T) == 4, float2, double2>>;
 

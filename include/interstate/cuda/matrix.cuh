@@ -294,12 +294,13 @@ __device__ void clear(float (&c)[tiles][4]) {
 }
 
 /// Two neighbouring elements, written at once.
-__device__ inline void put_pair(bf16* to, float x, float y) { *reinterpret_cast<std::uint32_t*>(to) = pack_bf16(x, y); }
+__device__ inline void put_pair(bf16* to, float x, float y) { *reinterpret_cast<std::uint32_t*>(to) = pack<bf16>(x, y); }
 __device__ inline void put_pair(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = {x, y}; }
 __device__ inline float2 get_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
 __device__ inline float2 get_pair(const bf16* from) {
-    const std::uint32_t word = *reinterpret_cast<const std::uint32_t*>(from);
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+    float2 pair;
+    unpack<bf16>(*reinterpret_cast<const std::uint32_t*>(from), pair.x, pair.y);
+    return pair;
 }
 
 /// A line of a block: 8 elements, aligned to 16 bytes.

@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include <interstate/cuda/arch.cuh>
+#include <interstate/cuda/convert.cuh>
 #include <interstate/dtype.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -79,17 +79,10 @@ struct Factors<float, Precision::exact, rows> {
     }
 };
 
-/// Two bf16 numbers in a register, x in the lower half.
-__device__ inline std::uint32_t pack_bf16(float x, float y) {
-    std::uint32_t word;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
-    return word;
-}
-
 template <int rows>
 struct Factors<float, Precision::bfloat, rows> {
     std::uint32_t word[2 * rows];  // a pair each
-    __device__ void set(int row, int pair, float x, float y) { word[row + rows * pair] = pack_bf16(x, y); }
+    __device__ void set(int row, int pair, float x, float y) { word[row + rows * pair] = pack<bf16>(x, y); }
     __device__ void set_packed(int row, int pair, std::uint32_t xy) { word[row + rows * pair] = xy; }
     __device__ void take_row(int row, const Factors<float, Precision::bfloat, 1>& b) {
         word[row] = b.word[0];

@@ -99,7 +99,7 @@ template <int parts>
 __device__ void split(float x, float y, std::uint32_t (&part)[parts]) {
 #pragma unroll
     for (int i = 0; i < parts; ++i) {
-        part[i] = device::pack_bf16(x, y);
+        part[i] = device::pack<bf16>(x, y);
         x -= __uint_as_float(part[i] << 16);
         y -= __uint_as_float(part[i] & 0xffff0000u);
     }

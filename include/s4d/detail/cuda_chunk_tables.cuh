@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(table_parts* max_run_modes)
         };
         if constexpr (Form<T>::precision == Precision::bfloat)
             table[at.K_at(lag)] =
-                __uint_as_float(device::pack_bf16(static_cast<float>(K(lag)), static_cast<float>(K(lag - 1))));
+                __uint_as_float(device::pack<bf16>(static_cast<float>(K(lag)), static_cast<float>(K(lag - 1))));
         else
             table[at.K_at(lag)] = factor_of<T>(K(lag));
     }

@@ -128,7 +128,7 @@ struct TokenTile<bf16, order> {
 #pragma unroll
         for (int row = 0; row < 2; ++row)
             *reinterpret_cast<std::uint32_t*>(tile + at(lane.group * own + 2 * m + row, 8 * block + 2 * lane.quad)) =
-                device::pack_bf16(c[2 * row], c[2 * row + 1]);
+                device::pack<bf16>(c[2 * row], c[2 * row + 1]);
     }
 };
 
