@@ -48,18 +48,24 @@ struct Products {
     }
 };
 
-/// Parameters of the published initialisation, in device memory, and room for their gradients.
+/// Parameters of the published initialisation, in device memory, and room for their gradients. With a normaliser those of
+/// sums of k and v that fade: real modes, B = 1 and C = 1, whose denominators stay positive where q and k do.
 struct Parameters {
     DeviceArray<float> log_dt, log_neg_re, im;
     DeviceArray<complex<float>> B, C;
 
-    Parameters(Index H, Index M)
+    Parameters(Index H, Index M, bool normalized = false)
         : log_dt(static_cast<std::size_t>(H)), log_neg_re(static_cast<std::size_t>(H * M)), im(log_neg_re.size()),
           B(log_neg_re.size()), C(static_cast<std::size_t>(H * M * M)) {
         std::vector<float> dt(log_dt.size()), re(im.size()), frequency(im.size());
         std::vector<complex<float>> b(B.size()), c(C.size());
         check(interdomain::initialize<float>(1, {view(dt.data(), {H}), view(re.data(), {H, M}), view(frequency.data(), {H, M}),
                                                  view(b.data(), {H, M}), view(c.data(), {H, M, M})}));
+        if (normalized) {
+            std::fill(frequency.begin(), frequency.end(), 0.0f);
+            std::fill(b.begin(), b.end(), complex<float>{1.0f, 0.0f});
+            for (Index i = 0; i < H * M * M; ++i) c[static_cast<std::size_t>(i)] = {i / M % M == i % M ? 1.0f : 0.0f, 0.0f};
+        }
         upload(log_dt, dt);
         upload(log_neg_re, re);
         upload(im, frequency);
@@ -93,12 +99,13 @@ struct Layer {
     RandomArray<T> q, k, v, dout;
     DeviceArray<T> o, dq, dk, dv;
     RandomArray<A> x0, dxT;  // pairs, of the slice
-    DeviceArray<A> xT, dx0;
+    DeviceArray<A> xT, dx0, etaT;
 
-    explicit Layer(const Sizes& s)
-        : size(s), params(s.H, s.M), grads(s.H, s.M), q(rows() * s.R, 1), k(rows() * s.R, 2), v(rows() * s.d, 3),
-          dout(rows() * s.d, 4), o(dout.size()), dq(q.size()), dk(k.size()), dv(v.size()), x0(states(), 5), dxT(states(), 6),
-          xT(x0.size()), dx0(x0.size()) {}
+    Layer(const Sizes& s, bool normalized)
+        : size(s), params(s.H, s.M, normalized), grads(s.H, s.M), q(rows() * s.R, 1, 1.0, normalized ? 0.7 : 0.0),
+          k(rows() * s.R, 2, 1.0, normalized ? 0.7 : 0.0), v(rows() * s.d, 3), dout(rows() * s.d, 4), o(dout.size()),
+          dq(q.size()), dk(k.size()), dv(v.size()), x0(states(), 5), dxT(states(), 6), xT(x0.size()), dx0(x0.size()),
+          etaT(normalized ? static_cast<std::size_t>(2 * slice_heads * s.M) : 0) {}
 
     Index rows() const { return size.B * size.L * size.H; }
     Index states() const { return 2 * slice_heads * size.M * (size.R + size.d); }
@@ -120,7 +127,9 @@ struct Layer {
                 .xT = state ? modes<const complex<A>>(dxT.data(), s) : View<const complex<A>, 4>{}};
     }
     interdomain::Outputs<T> outputs(const Sizes& s, bool state) const {
-        return {.o = tokens<T>(o.data(), s, s.d), .xT = state ? modes<complex<A>>(xT.data(), s) : View<complex<A>, 4>{}};
+        return {.o = tokens<T>(o.data(), s, s.d), .xT = state ? modes<complex<A>>(xT.data(), s) : View<complex<A>, 4>{},
+                .etaT = state && etaT.size() > 0 ? view(reinterpret_cast<complex<A>*>(etaT.data()), {s.B, s.H, s.M})
+                                                 : View<complex<A>, 3>{}};
     }
     interdomain::Grads<T, float> gradients(const Sizes& s, bool state) const {
         return {.q = tokens<T>(dq.data(), s, s.R), .k = tokens<T>(dk.data(), s, s.R), .v = tokens<T>(dv.data(), s, s.d),
@@ -206,7 +215,7 @@ void measure(const Layer<T>& layer, const Options& options, const Case& truth, c
 
 template <class T>
 void run(const Sizes& size, std::initializer_list<Method> methods, const Ceilings& ceilings, Options options = {}) {
-    const Layer<T> layer(size);
+    const Layer<T> layer(size, options.normalized());
     Case truth;
     for (const Method method : methods) {
         options.method = method;
