@@ -60,8 +60,8 @@ struct Shape {
     Index value_dim = 0;   // dv
     Index sequences = -1;  // S
 
-    constexpr bool packed() const { return sequences >= 0; }
-    constexpr Index group() const { return kv_heads > 0 ? query_heads / kv_heads : 1; }
+    INTERSTATE_HD constexpr bool packed() const { return sequences >= 0; }
+    INTERSTATE_HD constexpr Index group() const { return kv_heads > 0 ? query_heads / kv_heads : 1; }
 };
 
 template <class T>

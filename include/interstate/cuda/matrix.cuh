@@ -90,9 +90,10 @@ class Loader<Operand, gap, float> {
     const float* at_;
 };
 
-/// In bfloat16 lane i has the address of line i % 8 of the i / 8-th of four blocks, which ldmatrix gives to all lanes.
-template <class Operand, int gap>
-class Loader<Operand, gap, bf16> {
+/// In 16 bits lane i has the address of line i % 8 of the i / 8-th of four blocks, which ldmatrix gives to all lanes.
+template <class Operand, int gap, class E>
+    requires(sizeof(E) == 2)
+class Loader<Operand, gap, E> {
   public:
     /// `rows` of a want blocks in the order (outer, k) (0,0) (1,0) (0,1) (1,1), columns of b (0,0) (0,1) (1,0) (1,1).
     __device__ Loader(const Operand& from, int outer, int k, int lane)
@@ -122,14 +123,14 @@ class Loader<Operand, gap, bf16> {
 template <int gap = 8, class Operand>
 __device__ Loader<Operand, gap> rows_of(const Operand& a, int row, int k, int lane) {
     Loader<Operand, gap> loader(a, row, k, lane);
-    if constexpr (std::is_same_v<typename Operand::Element, bf16>) loader.as_rows();
+    if constexpr (sizeof(typename Operand::Element) == 2) loader.as_rows();
     return loader;
 }
 /// Columns n .. n + 7 and n + gap .. n + gap + 7 of `b`, two tiles.
 template <int gap = 8, class Operand>
 __device__ Loader<Operand, gap> columns_of(const Operand& b, int n, int k, int lane) {
     Loader<Operand, gap> loader(b, n, k, lane);
-    if constexpr (std::is_same_v<typename Operand::Element, bf16>) loader.as_columns();
+    if constexpr (sizeof(typename Operand::Element) == 2) loader.as_columns();
     return loader;
 }
 
@@ -294,12 +295,14 @@ __device__ void clear(float (&c)[tiles][4]) {
 }
 
 /// Two neighbouring elements, written at once.
-__device__ inline void put_pair(bf16* to, float x, float y) { *reinterpret_cast<std::uint32_t*>(to) = pack<bf16>(x, y); }
-__device__ inline void put_pair(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = {x, y}; }
-__device__ inline float2 get_pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
-__device__ inline float2 get_pair(const bf16* from) {
+template <class E>
+__device__ void put_pair(E* to, float x, float y) {
+    *reinterpret_cast<Pair<E>*>(to) = pack<E>(x, y);
+}
+template <class E>
+__device__ float2 get_pair(const E* from) {
     float2 pair;
-    unpack<bf16>(*reinterpret_cast<const std::uint32_t*>(from), pair.x, pair.y);
+    unpack<E>(*reinterpret_cast<const Pair<E>*>(from), pair.x, pair.y);
     return pair;
 }
 

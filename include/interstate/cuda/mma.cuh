@@ -18,12 +18,17 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace device {
 
 /// What a float product makes of its factors: `exact` splits each into two tf32 numbers and takes three of the
-/// four products (22 bits), `cut` drops what tf32 does not have (11 bits remain), `bfloat` rounds to bf16 (8 bits).
-/// Products of double are double.
-enum class Precision { exact, cut, bfloat };
+/// four products (22 bits), `cut` drops what tf32 does not have (11 bits remain), `half` rounds to f16 (11 bits, and its
+/// range), `bfloat` to bf16 (8 bits). Products of double are double.
+enum class Precision { exact, cut, half, bfloat };
 
 template <Precision precision>
-inline constexpr int depth = precision == Precision::bfloat ? 16 : 8;
+inline constexpr bool packs = precision == Precision::half || precision == Precision::bfloat;
+template <Precision precision>
+inline constexpr int depth = packs<precision> ? 16 : 8;
+/// What the pairs of a product that packs are made of.
+template <Precision precision>
+using Packed = std::conditional_t<precision == Precision::half, f16, bf16>;
 template <Precision precision>
 inline constexpr int k_pairs = depth<precision> / 8;
 
@@ -79,12 +84,13 @@ struct Factors<float, Precision::exact, rows> {
     }
 };
 
-template <int rows>
-struct Factors<float, Precision::bfloat, rows> {
+template <Precision precision, int rows>
+    requires(packs<precision>)
+struct Factors<float, precision, rows> {
     std::uint32_t word[2 * rows];  // a pair each
-    __device__ void set(int row, int pair, float x, float y) { word[row + rows * pair] = pack<bf16>(x, y); }
+    __device__ void set(int row, int pair, float x, float y) { word[row + rows * pair] = pack<Packed<precision>>(x, y); }
     __device__ void set_packed(int row, int pair, std::uint32_t xy) { word[row + rows * pair] = xy; }
-    __device__ void take_row(int row, const Factors<float, Precision::bfloat, 1>& b) {
+    __device__ void take_row(int row, const Factors<float, precision, 1>& b) {
         word[row] = b.word[0];
         word[row + rows] = b.word[1];
     }
@@ -97,6 +103,11 @@ __device__ inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], cons
 }
 __device__ inline void mma_bf16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void mma_f16(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
@@ -118,9 +129,13 @@ __device__ inline void multiply_add(float (&c)[4], const Factors<float, Precisio
                                     const Factors<float, Precision::cut, 1>& b) {
     mma_tf32(c, a.value, b.value);
 }
-__device__ inline void multiply_add(float (&c)[4], const Factors<float, Precision::bfloat, 2>& a,
-                                    const Factors<float, Precision::bfloat, 1>& b) {
-    mma_bf16(c, a.word, b.word);
+template <Precision precision>
+    requires(packs<precision>)
+__device__ void multiply_add(float (&c)[4], const Factors<float, precision, 2>& a, const Factors<float, precision, 1>& b) {
+    if constexpr (precision == Precision::half)
+        mma_f16(c, a.word, b.word);
+    else
+        mma_bf16(c, a.word, b.word);
 }
 __device__ inline void multiply_add(float (&c)[4], const Factors<float, Precision::exact, 2>& a,
                                     const Factors<float, Precision::exact, 1>& b) {

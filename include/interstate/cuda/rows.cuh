@@ -6,6 +6,16 @@
 namespace interstate::inline INTERSTATE_ABI {
 namespace device {
 
+/// 16 bytes of T, moved at once.
+template <class T>
+struct alignas(16) Wide {
+    T x[16 / sizeof(T)];
+};
+template <class T>
+__device__ Wide<T> load_wide(const T* from) {
+    return __builtin_bit_cast(Wide<T>, *reinterpret_cast<const int4*>(from));
+}
+
 /// May rows of `width` elements of x (batch, token, head, column) be moved 16 bytes at once?
 template <class T>
 __host__ __device__ bool moves_wide(const View<T, 4>& x, Index width) {
@@ -70,10 +80,8 @@ __device__ void copy_in(E* to, const Rows<const T>& from, int shift, int thread)
             if constexpr (std::is_same_v<T, E>) {
                 copy_async_16(place, source, inside);
             } else {
-                struct alignas(16) Wide {
-                    T x[V];
-                } x{};
-                if (inside) x = __builtin_bit_cast(Wide, *reinterpret_cast<const int4*>(source));
+                Wide<T> x{};
+                if (inside) x = load_wide(source);
 #pragma unroll
                 for (int e = 0; e < V; e += 2) put_pair(place + e, load_as<float>(x.x[e]), load_as<float>(x.x[e + 1]));
             }
@@ -106,11 +114,9 @@ __device__ void copy_out(const E* from, const Rows<T>& to, int shift, int thread
             const int row = unit.row + i * U::row_step;
             if (!there || row >= rows || row < shift || row - shift >= to.count) continue;
             const E* const source = from + (thread + i * threads) * V;
-            struct alignas(16) Wide {
-                T x[V];
-            } x;
+            Wide<T> x;
             if constexpr (std::is_same_v<T, E>) {
-                x = *reinterpret_cast<const Wide*>(source);
+                x = load_wide(source);
             } else {
 #pragma unroll
                 for (int e = 0; e < V; e += 2) {

@@ -1,0 +1,227 @@
+// What the CUDA kernels of attention share: where a block works, which keys a row reads, and products whose left factor is
+// in registers. Equations: docs/ops/attention.md.
+#pragma once
+
+#include <attention/params.hpp>
+#include <interstate/cuda/sequences.cuh>
+#include <interstate/cuda/swizzle.cuh>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace attention {
+namespace detail {
+
+inline constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
+
+/// How T is multiplied: as it is stored, with float32 kept to 22 bits.
+template <class T>
+inline constexpr device::Precision precision_of = std::is_same_v<T, bf16>  ? device::Precision::bfloat
+                                                  : std::is_same_v<T, f16> ? device::Precision::half
+                                                                           : device::Precision::exact;
+
+struct Lane {
+    int group, quad;
+    __device__ explicit Lane(int lane) : group(lane / 4), quad(lane % 4) {}
+};
+
+/// A tile of rows of one head: of queries for o and dq, of keys for dk and dv.
+struct Place {
+    Index batch;
+    int head;
+    Index query0, key0;  // where the sequence's rows begin in the tensors
+    int queries, keys;   // their number
+    int first;           // the tile's first row in the sequence
+    /// Query i stands at position i + offset().
+    __device__ int offset() const { return keys - queries; }
+};
+
+/// Tiles of `tile` rows of an axis of `rows`: those of one head follow each other, so that blocks which run at the same time
+/// share what they read.
+struct Tiling {
+    Index tiles, heads, blocks;
+    Tiling(const Shape& s, Index rows, Index heads_, Index tile)
+        : tiles(s.packed() ? rows / tile + s.sequences : ceil_div(rows, tile)), heads(heads_), blocks(tiles * heads * s.batch) {}
+};
+
+/// Places block `block`; false where it has nothing to do. `backwards`: the last tile first, which is the longest where
+/// queries read what is before them.
+__device__ inline bool find_place(Place& at, const Shape& s, const View<const std::int32_t, 1>& cu, const Tiling& tiling, Index rows,
+                                  int tile, bool backwards, unsigned block) {
+    const auto tiles = static_cast<unsigned>(tiling.tiles), heads = static_cast<unsigned>(tiling.heads);
+    unsigned slot = block % tiles;
+    if (backwards) slot = tiles - 1 - slot;
+    at.head = static_cast<int>(block / tiles % heads);
+    if (!s.packed()) {
+        at.batch = block / tiles / heads;
+        at.query0 = at.key0 = 0;
+        at.queries = static_cast<int>(s.queries);
+        at.keys = static_cast<int>(s.keys);
+        at.first = static_cast<int>(slot) * tile;
+        return true;
+    }
+    const Index sequence = device::recurrence_of(cu, s.sequences, rows, slot, tile);
+    const RowRange range = device::checked_rows(cu, sequence, rows);
+    at.batch = 0;
+    at.query0 = at.key0 = range.begin;
+    at.queries = at.keys = static_cast<int>(range.end - range.begin);
+    at.first = static_cast<int>(slot - device::first_tile(cu, sequence, rows, tile)) * tile;
+    return at.first >= 0 && at.first < at.keys;
+}
+
+/// Which keys a position reads and which positions read a key (eq. 5), in ints.
+struct Mask {
+    bool causal;
+    int window;  // 0: none
+    __device__ int first_key(int position) const { return window > 0 ? max(position - window + 1, 0) : 0; }
+    __device__ int end_key(int position, int keys) const {
+        const int end = causal ? position + 1 : window > 0 ? position + min(window, keys) : keys;
+        return min(max(end, 0), keys);
+    }
+    __device__ int first_position(int key) const { return causal ? key : window > 0 ? max(key - window + 1, 0) : 0; }
+    __device__ int end_position(int key, int keys) const { return window > 0 ? key + min(window, keys - key) : keys; }
+};
+
+/// Everything that the kernels of a call read. `Policy` is what a guest adds (docs/ops/attention.md, "Policies").
+template <class T, class Policy>
+struct Call {
+    using A = acc_t<T>;
+    Shape shape;
+    Mask mask;
+    Inputs<T> in;
+    bool softmax;   // or sigmoid
+    A scale;        // of products, as given
+    A option_bias;  // sigmoid, where in.bias is absent
+    bool wide_q, wide_k, wide_v;
+    Policy policy;
+    __device__ A bias(int head) const { return in.bias ? in.bias(head) : option_bias; }
+};
+
+template <class T, class Policy>
+Call<T, Policy> call_of(const Options& options, const Inputs<T>& in, const Policy& policy) {
+    using A = acc_t<T>;
+    const Shape s = shape_of(in);
+    return {.shape = s,
+            .mask = {options.causal, static_cast<int>(options.window < s.keys ? options.window : s.keys)},
+            .in = in,
+            .softmax = options.score == Score::softmax,
+            .scale = static_cast<A>(scale_of(options, s.head_dim)),
+            .option_bias = static_cast<A>(options.bias),
+            .wide_q = device::moves_wide(in.q, s.head_dim),
+            .wide_k = device::moves_wide(in.k, s.head_dim),
+            .wide_v = device::moves_wide(in.v, s.value_dim),
+            .policy = policy};
+}
+
+/// A grid has fewer than 2^31 blocks.
+inline Status check_blocks(Index blocks) {
+    if (blocks < (Index{1} << 31)) return {};
+    return Status::error(StatusCode::unsupported, "attention on cuda: %lld blocks of rows, heads and batch rows, must be below 2^31",
+                         static_cast<long long>(blocks));
+}
+
+/// No guest.
+struct Plain {
+    static constexpr bool adds = false;
+};
+
+/// 2^x.
+__device__ inline float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/// 1 / (1 + 2^-x).
+__device__ inline float sigmoid2(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp2_of(-x)));
+    return y;
+}
+
+/// What a product has left, m tiles of 16 rows, as the left factor of the next one.
+template <device::Precision precision, int m, int count>
+struct Rows16 {
+    device::Factors<float, precision, 2> factor[m][count / device::depth<precision>];
+
+    __device__ explicit Rows16(const float (&c)[m][count / 8][4]) {
+        constexpr int pairs = device::k_pairs<precision>;
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+            for (int t = 0; t < count / 8; ++t)
+#pragma unroll
+                for (int row = 0; row < 2; ++row)
+                    factor[i][t / pairs].set(row, t % pairs, c[i][t][2 * row], c[i][t][2 * row + 1]);
+    }
+    __device__ void load(device::Factors<float, precision, 2>& f, int i, int k) const { f = factor[i][k / device::depth<precision>]; }
+};
+
+/// Rows of a matrix in shared memory as a left factor. Registers could keep them, but are worth more elsewhere.
+template <class E, int rows>
+struct Shared16 {
+    device::SwizzledLoader<E, rows, device::Read::as_stored, true> loader;
+    template <int columns>
+    __device__ Shared16(const device::Swizzled<E, rows, columns>& a, int row, int lane) : loader(device::rows_of(a.as_stored(), row, 0, lane)) {}
+    template <device::Precision precision>
+    __device__ void load(device::Factors<float, precision, 2>& f, int i, int k) const {
+        loader.load(f, 16 * i, k);
+    }
+};
+
+/// c (m x 16 rows, tiles x 8 columns) += rows of a, in registers or in shared memory, times columns n .. of b, over k =
+/// first .. first + count - 1 of b, which is 0 .. count - 1 of a.
+template <device::Precision precision, int count, int m, int tiles, class A, class B>
+__device__ void multiply_rows(float (&c)[m][tiles][4], const A& a, const B& b, int n, int first, int lane) {
+    static_assert(tiles % 2 == 0);
+    const auto from_b = device::columns_of(b, n, first, lane);
+    if constexpr (device::packs<precision>) {
+#pragma unroll
+        for (int k = 0; k < count; k += 16) {
+            device::Factors<float, precision, 2> fa[m];
+#pragma unroll
+            for (int i = 0; i < m; ++i) a.load(fa[i], i, k);
+#pragma unroll
+            for (int t = 0; t < tiles; t += 2) {
+                device::Factors<float, precision, 1> fb[2];
+                from_b.load(fb, 8 * t, k);
+#pragma unroll
+                for (int i = 0; i < m; ++i) {
+                    device::multiply_add(c[i][t], fa[i], fb[0]);
+                    device::multiply_add(c[i][t + 1], fa[i], fb[1]);
+                }
+            }
+        }
+    } else {
+        // Sums of their own for 64 columns at most (device::Sums), which registers have room for.
+        constexpr int part = tiles < 8 ? tiles : 8;
+        static_assert(tiles % part == 0);
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+            for (int t0 = 0; t0 < tiles; t0 += part) {
+                device::Sums<precision, part> sums(reinterpret_cast<float(&)[part][4]>(c[i][t0]));
+#pragma unroll
+                for (int k = 0; k < count; k += device::depth<precision>) {
+                    device::Factors<float, precision, 2> fa;
+                    a.load(fa, i, k);
+#pragma unroll
+                    for (int t = 0; t < part; t += 2) {
+                        device::Factors<float, precision, 1> fb[2];
+                        from_b.load(fb, 8 * (t0 + t), k);
+                        sums.add(t, fa, fb[0]);
+                        sums.add(t + 1, fa, fb[1]);
+                    }
+                }
+                sums.finish();
+            }
+    }
+}
+
+template <int m, int tiles>
+__device__ void clear(float (&c)[m][tiles][4]) {
+#pragma unroll
+    for (int i = 0; i < m; ++i) device::clear(c[i]);
+}
+
+}  // namespace detail
+}  // namespace attention
+}  // namespace interstate::inline INTERSTATE_ABI

@@ -1,0 +1,182 @@
+// Matrices in shared memory with rows of 128 bytes, as factors of products (cuda/matrix.cuh) and on their way from and to
+// tensors. Rows are read from and written to memory by whole cache lines, which asks the second-level cache for as little as
+// can be; blocks of 8 x 8 (cuda/matrix.cuh) ask four times as often.
+//
+// A matrix lies in panels of 64 columns of 16 bits or 32 of 32 bits. The eight chunks of 16 bytes of a row are exchanged, chunk c
+// to c ^ x(row), so that a column of chunks is in eight different banks too. Everything a warp loads is then free of conflicts.
+#pragma once
+
+#include <interstate/cuda/rows.cuh>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace device {
+
+template <class E>
+inline constexpr int panel_columns = 128 / static_cast<int>(sizeof(E));
+template <class E>
+inline constexpr int chunk_columns = 16 / static_cast<int>(sizeof(E));
+
+/// What chunks of a row are exchanged by. In floats a quarter of a warp reads two chunks each of rows 0 1 2 3 or of 0 2 4 6.
+template <class E>
+__host__ __device__ constexpr int exchanged(int row) {
+    return sizeof(E) == 2 ? row % 8 : 2 * ((row % 4) ^ (row / 4 % 2));
+}
+
+/// Where element (r, c) of a matrix of `rows` rows is.
+template <class E, int rows>
+__host__ __device__ constexpr int swizzled(int r, int c) {
+    constexpr int panel = panel_columns<E>, chunk = chunk_columns<E>;
+    return c / panel * (rows * panel) + r * panel + ((c % panel / chunk) ^ exchanged<E>(r)) * chunk + c % chunk;
+}
+
+/// A swizzled matrix as a factor of products, as Operand is for a blocked one.
+template <class E, int rows, Read read>
+struct SwizzledOperand {
+    using Element = E;
+    static constexpr bool is_transposed = read == Read::transposed;
+    const E* data;
+};
+
+/// A lane's way to the factors of a product. Offsets are constants once loops are unrolled: those of rows are added, those of
+/// columns inside a panel are exclusive-ors.
+template <class E, int rows, Read read, bool as_a>
+class SwizzledLoader {
+    static constexpr bool is_transposed = read == Read::transposed, wide = sizeof(E) == 4;
+
+  public:
+    /// `outer` and `k` are multiples of 8; what counts columns is one of whole panels.
+    __device__ SwizzledLoader(const SwizzledOperand<E, rows, read>& from, int outer, int k, int lane) {
+        int row = is_transposed ? k : outer, chunk = 0;
+        if constexpr (wide) {
+            row += is_transposed ? lane % 4 * 2 : lane / 4;
+            chunk = is_transposed ? lane / 16 : lane % 4 / 2;
+        } else {
+            // Lane i has the address of line i % 8 of the i / 8-th of four blocks: of a, the second is 8 rows of the matrix
+            // on and the third 8 of what is summed over; of b the other way round.
+            const int first = lane / 8 % 2, second = lane / 16, next_outer = as_a ? first : second, next_k = as_a ? second : first;
+            row += (is_transposed ? next_k : next_outer) * 8 + lane % 8;
+            chunk = is_transposed ? next_outer : next_k;
+        }
+        const int column = is_transposed ? outer : k;
+        const auto start = static_cast<unsigned>(__cvta_generic_to_shared(from.data)) + static_cast<unsigned>(column / panel_columns<E> * rows + row) * 128;
+        at_ = start + static_cast<unsigned>(chunk ^ exchanged<E>(row)) * 16;
+        if constexpr (wide) {
+            const int inside = is_transposed ? lane / 4 % 4 : lane % 2 * 2;
+            at_ += static_cast<unsigned>(inside) * 4;
+            if constexpr (is_transposed) next_ = start + 128 + static_cast<unsigned>((chunk ^ exchanged<E>(row + 1)) * 16 + inside * 4);
+        }
+    }
+    template <Precision precision>
+    __device__ void load(Factors<float, precision, 2>& f, int outer, int k) const {
+        static_assert(as_a);
+        if constexpr (wide) {
+            const float2 x = pair(outer, k), y = pair(outer + 8, k);
+            f.set(0, 0, x.x, x.y);
+            f.set(1, 0, y.x, y.y);
+        } else {
+            load_matrices<is_transposed>(f.word, moved(at_, outer, k));
+        }
+    }
+    template <Precision precision>
+    __device__ void load(Factors<float, precision, 1> (&f)[2], int outer, int k) const {
+        static_assert(!as_a);
+        if constexpr (wide) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float2 x = pair(outer + 8 * i, k);
+                f[i].set(0, 0, x.x, x.y);
+            }
+        } else {
+            std::uint32_t x[4];
+            load_matrices<is_transposed>(x, moved(at_, outer, k));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) f[i / 2].word[i % 2] = x[i];
+        }
+    }
+
+  private:
+    __device__ static unsigned moved(unsigned at, int outer, int k) {
+        const int row = is_transposed ? k : outer, column = is_transposed ? outer : k;
+        return (at ^ static_cast<unsigned>(column % panel_columns<E> / chunk_columns<E> * 16)) +
+               static_cast<unsigned>(column / panel_columns<E> * rows + row) * 128;
+    }
+    __device__ float2 pair(int outer, int k) const {
+        float2 x;
+        if constexpr (is_transposed) {
+            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x.x) : "r"(moved(at_, outer, k)) : "memory");
+            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x.y) : "r"(moved(next_, outer, k)) : "memory");
+        } else {
+            asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(moved(at_, outer, k)) : "memory");
+        }
+        return x;
+    }
+    unsigned at_, next_ = 0;
+};
+
+/// Rows row .. row + 7 and row + 8 .. row + 15 of `a`, from k on.
+template <class E, int rows, Read read>
+__device__ SwizzledLoader<E, rows, read, true> rows_of(const SwizzledOperand<E, rows, read>& a, int row, int k, int lane) {
+    return {a, row, k, lane};
+}
+/// Columns n .. n + 7 and n + 8 .. n + 15 of `b`.
+template <class E, int rows, Read read>
+__device__ SwizzledLoader<E, rows, read, false> columns_of(const SwizzledOperand<E, rows, read>& b, int n, int k, int lane) {
+    return {b, n, k, lane};
+}
+
+/// A matrix of rows of a tensor in shared memory.
+template <class E, int rows, int columns>
+struct Swizzled {
+    static_assert(columns % panel_columns<E> == 0);
+    static constexpr int size = rows * columns;  // elements
+    E* data;
+    __device__ SwizzledOperand<E, rows, Read::as_stored> as_stored() const { return {data}; }
+    __device__ SwizzledOperand<E, rows, Read::transposed> transposed() const { return {data}; }
+    __device__ E* at(int r, int c) const { return data + swizzled<E, rows>(r, c); }
+
+    /// Starts copies of the rows, zeros behind them; wide rows fly until wait_for_copies. By `threads` threads, of which eight
+    /// have a line of memory.
+    template <int threads>
+    __device__ void copy_in(const Rows<const E>& from, int thread) const {
+        constexpr int V = chunk_columns<E>, step = threads / 8;
+        static_assert(step % 8 == 0 && rows % step == 0);
+        if (from.wide) {
+            const int row = thread / 8, first = thread % 8 * V;
+            const E* source = from.data + row * from.stride + first;
+            const Index next = step * from.stride;
+            E* to = at(row, first);
+#pragma unroll
+            for (int i = 0; i < rows / step; ++i, source += next)
+#pragma unroll
+                for (int panel = 0; panel < columns; panel += panel_columns<E>)
+                    copy_async_16(to + i * step * panel_columns<E> + panel * rows, source + panel, first + panel < from.width && row + i * step < from.count);
+        } else {
+#pragma unroll 1
+            for (int e = thread; e < rows * columns; e += threads) {
+                const int row = e / columns, column = e % columns;
+                *at(row, column) = row < from.count && column < from.width ? from.data[row * from.stride + column * from.column_stride] : E(0.0f);
+            }
+        }
+    }
+    /// Takes rows out.
+    template <int threads>
+    __device__ void copy_out(const Rows<E>& to, int thread) const {
+        constexpr int V = chunk_columns<E>, step = threads / 8;
+        if (to.wide) {
+            for (int row = thread / 8; row < min(rows, to.count); row += step)
+#pragma unroll
+                for (int column = thread % 8 * V; column < columns; column += panel_columns<E>)
+                    if (column < to.width)
+                        *reinterpret_cast<int4*>(to.data + row * to.stride + column) = *reinterpret_cast<const int4*>(at(row, column));
+        } else {
+#pragma unroll 1
+            for (int e = thread; e < rows * columns; e += threads) {
+                const int row = e / columns, column = e % columns;
+                if (row < to.count && column < to.width) to.data[row * to.stride + column * to.column_stride] = *at(row, column);
+            }
+        }
+    }
+};
+
+}  // namespace device
+}  // namespace interstate::inline INTERSTATE_ABI
