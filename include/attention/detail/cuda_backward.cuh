@@ -52,8 +52,9 @@ struct BackwardCall {
 };
 
 /// Weight and score gradient of a score without scale and its dp (eq. 2 and 9, or 3 and 10).
-__device__ inline void weigh(bool softmax, float& s, float& dp, float c, float lse2, float minus) {
-    if (softmax) {
+template <bool softmax>
+__device__ void weigh(float& s, float& dp, float c, float lse2, float minus) {
+    if constexpr (softmax) {
         s = exp2_of(fmaf(s, c, lse2));
         dp = s * (dp - minus);
     } else {
@@ -87,7 +88,7 @@ __global__ __launch_bounds__(256) void largest_norm_kernel(View<const T, 4> x, V
     if (threadIdx.x % 32 == 0) atomicMax(to, __float_as_uint(largest));
 }
 
-template <class T, int dim, class Policy>
+template <class T, int dim, bool softmax, class Policy>
 __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::blocks) void query_gradient_kernel(
     const __grid_constant__ Call<T, Policy> call, const __grid_constant__ BackwardCall<T> up, const __grid_constant__ Tiling tiling,
     const View<T, 4> dq, const bool wide_dq) {
@@ -129,9 +130,9 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int r = 16 * (m * warp + i) + lane.group + 8 * row;
-            lse2[i][row] = !call.softmax ? call.bias(at.head) * float(log2_e) : -INFINITY;
+            lse2[i][row] = !softmax ? call.bias(at.head) * float(log2_e) : -INFINITY;
             minus[i][row] = 0.0f;
-            if (call.softmax && r < count) {
+            if (softmax && r < count) {
                 const RowStatistics<float> x = up.statistics[(at.batch * call.shape.query_heads + at.head) * call.shape.queries + at.query0 + at.first + r];
                 lse2[i][row] = x.lse2;
                 minus[i][row] = x.minus;
@@ -173,7 +174,7 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
 #pragma unroll
                 for (int t = 0; t < tiles; ++t)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) weigh(call.softmax, s[i][t][e], dp[i][t][e], c, lse2[i][e / 2], minus[i][e / 2]);
+                    for (int e = 0; e < 4; ++e) weigh<softmax>(s[i][t][e], dp[i][t][e], c, lse2[i][e / 2], minus[i][e / 2]);
                 if (masked)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
@@ -209,7 +210,7 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
     q.template copy_out<threads>({dq, at.batch, at.query0 + at.first, at.head, count, wide_dq}, thread);
 }
 
-template <class T, int dim, class Policy>
+template <class T, int dim, bool softmax, class Policy>
 __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) void key_gradient_kernel(
     const __grid_constant__ Call<T, Policy> call, const __grid_constant__ BackwardCall<T> up, const __grid_constant__ Tiling tiling,
     const View<T, 4> dk, const View<T, 4> dv, const bool wide_dk, const bool wide_dv) {
@@ -243,10 +244,10 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
         douts(step).template copy_in<threads>({up.dout, at.batch, at.query0 + i, head, there, up.wide_dout}, thread);
         if (thread < tile) {
             RowStatistics<float>* const to = statistics + step % 2 * tile + thread;
-            if (call.softmax && thread < there)
+            if (softmax && thread < there)
                 device::copy_async<8>(to, up.statistics + (at.batch * call.shape.query_heads + head) * call.shape.queries + at.query0 + i + thread);
             else
-                *to = {!call.softmax ? call.bias(head) * float(log2_e) : -INFINITY, 0.0f};
+                *to = {!softmax ? call.bias(head) * float(log2_e) : -INFINITY, 0.0f};
         }
     };
     k.template copy_in<threads>({call.in.k, at.batch, at.key0 + at.first, at.head, count, call.wide_k}, thread);
@@ -293,7 +294,7 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
 #pragma unroll
                 for (int i = 0; i < m; ++i)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) weigh(call.softmax, s[i][t][e], dp[i][t][e], c, e % 2 == 0 ? x.x : x.z, e % 2 == 0 ? x.y : x.w);
+                    for (int e = 0; e < 4; ++e) weigh<softmax>(s[i][t][e], dp[i][t][e], c, e % 2 == 0 ? x.x : x.z, e % 2 == 0 ? x.y : x.w);
             }
             if (masked)
 #pragma unroll

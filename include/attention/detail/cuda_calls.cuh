@@ -53,7 +53,7 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T>& in
             using Form = ForwardForm<T, dim>;
             const Tiling tiling(s, s.queries, s.query_heads, Form::rows);
             INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks));
-            return launch(exec, "attention.cuda.tiled forward", forward_kernel<T, dim, Policy>,
+            return launch(exec, "attention.cuda.tiled forward", call.softmax ? forward_kernel<T, dim, true, Policy> : forward_kernel<T, dim, false, Policy>,
                           {dim3(static_cast<unsigned>(tiling.blocks)), dim3(Form::threads), Form::shared}, call, tiling, out.o, out.lse,
                           device::moves_wide(out.o, s.value_dim));
         }
@@ -101,7 +101,7 @@ Status run_query_gradient(const cuda& exec, const Options& options, const Inputs
             const Tiling tiling(s, s.queries, s.query_heads, Form::rows);
             const BackwardCall<T> up{upstream.o, memory.statistics, memory.range, device::moves_wide(upstream.o, s.value_dim)};
             INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks));
-            return launch(exec, "attention.cuda.tiled dq", query_gradient_kernel<T, dim, Policy>,
+            return launch(exec, "attention.cuda.tiled dq", call.softmax ? query_gradient_kernel<T, dim, true, Policy> : query_gradient_kernel<T, dim, false, Policy>,
                           {dim3(static_cast<unsigned>(tiling.blocks)), dim3(Form::threads), Form::shared}, call, up, tiling, grads.q,
                           device::moves_wide(grads.q, s.head_dim));
         }
@@ -124,7 +124,7 @@ Status run_key_gradient(const cuda& exec, const Options& options, const Inputs<T
             const Tiling tiling(s, s.keys, s.kv_heads, Form::rows);
             const BackwardCall<T> up{upstream.o, memory.statistics, memory.range, device::moves_wide(upstream.o, s.value_dim)};
             INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks * Form::shares));
-            return launch(exec, "attention.cuda.tiled dk dv", key_gradient_kernel<T, dim, Policy>,
+            return launch(exec, "attention.cuda.tiled dk dv", call.softmax ? key_gradient_kernel<T, dim, true, Policy> : key_gradient_kernel<T, dim, false, Policy>,
                           {dim3(static_cast<unsigned>(tiling.blocks * Form::shares)), dim3(Form::threads), Form::shared}, call, up, tiling,
                           grads.k, grads.v, device::moves_wide(grads.k, s.head_dim), device::moves_wide(grads.v, s.value_dim));
         }

@@ -41,7 +41,7 @@ inline constexpr float slack = 8.0f;
 
 inline namespace INTERSTATE_KERNELS {
 
-template <class T, int dim, class Policy>
+template <class T, int dim, bool softmax, class Policy>
 __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::blocks) void forward_kernel(
     const __grid_constant__ Call<T, Policy> call, const __grid_constant__ Tiling tiling, const View<T, 4> o, const View<float, 3> lse,
     const bool wide_o) {
@@ -90,7 +90,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::
         }
     // Scores as they leave the product are s / scale; the sign of the scale is put into them.
     const float c = fabsf(call.scale) * float(log2_e);
-    const float bias = !call.softmax ? call.bias(at.head) * float(log2_e) : 0.0f;
+    const float bias = !softmax ? call.bias(at.head) * float(log2_e) : 0.0f;
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -121,7 +121,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::
     #pragma unroll
                 for (int i = 0; i < m; ++i) mask_scores(s[i], call.mask, position + 16 * i, j, at.keys, lane.quad);
 
-                if (call.softmax) {
+                if constexpr (softmax) {
                 float top[m][2];
                 bool grows = false;
 #pragma unroll
@@ -188,7 +188,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::
         for (int row = 0; row < 2; ++row) {
             float factor = 1.0f;
             const int r = 16 * (m * warp + i) + lane.group + 8 * row;
-            if (call.softmax) {
+            if constexpr (softmax) {
                 float l = total[i][row];
                 l += __shfl_xor_sync(0xffffffffu, l, 1);
                 l += __shfl_xor_sync(0xffffffffu, l, 2);
