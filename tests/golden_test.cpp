@@ -37,6 +37,18 @@ const std::vector<std::string> files = {
     "s4d.zoh",
 };
 
+/// Of operators without a cpu part.
+const std::vector<std::string> reference_files = {
+    "sisa.exact",
+    "sisa.fast_gqa",
+    "sisa.packed",
+    "sisa.published",
+    "sisa.published_clamps",
+    "sisa.reset",
+    "sisa.sigmoid",
+    "sisa.window",
+};
+
 /// What is run, and what it is held to.
 enum class Truth {
     golden,            // the results in the file
@@ -67,6 +79,11 @@ struct NamedLayout {
 };
 const NamedLayout layouts[] = {
     {"contiguous", Layout::contiguous}, {"reversed", Layout::reversed}, {"padded", Layout::padded}};
+
+/// How exactly a file holds the float64 truth, where that is less than its runs are held to. sisa.reset was made with
+/// prefix sums that its resets of -2000 take to -4000: its grad.lam is 1.3e-12 from long double, ours 6e-16
+/// (SisaReference.IsTheDefinitionForEveryHalfLife holds ours to long double across such resets).
+double stored_within(const std::string& file) { return file == "sisa.reset" ? 2e-12 : 0.0; }
 
 bool is_result(const std::string& name) { return name.starts_with("out.") || name.starts_with("grad."); }
 
@@ -110,7 +127,7 @@ TEST_P(Golden, AgreesWithin) {
     EXPECT_GE(errors.size(), results);
     for (const TensorError& e : errors) {
         EXPECT_TRUE(e.finite) << e.name << ": missing, of another shape, NaN or Inf";
-        EXPECT_LE(e.relative, run.bound) << e.name;
+        EXPECT_LE(e.relative, std::max(run.bound, stored_within(file))) << e.name;
     }
 }
 
@@ -122,8 +139,12 @@ std::string name_of(const testing::TestParamInfo<Golden::ParamType>& info) {
 INSTANTIATE_TEST_SUITE_P(Files, Golden,
                          testing::Combine(testing::ValuesIn(files), testing::ValuesIn(runs), testing::ValuesIn(layouts)),
                          name_of);
+INSTANTIATE_TEST_SUITE_P(ReferenceFiles, Golden,
+                         testing::Combine(testing::ValuesIn(reference_files), testing::Values(runs[0]),
+                                          testing::ValuesIn(layouts)),
+                         name_of);
 
-/// No file of an operator that the library has may be left out of the list above.
+/// No file of an operator that the library has may be left out of the lists above.
 TEST(GoldenFiles, AreAllRead) {
     std::size_t found = 0;
     for (const auto& entry : std::filesystem::directory_iterator(INTERSTATE_GOLDEN_DIR)) {
@@ -135,7 +156,8 @@ TEST(GoldenFiles, AreAllRead) {
         bool has_operator = false;
         for (const OperatorInfo& op : list_operators())
             has_operator = has_operator || op.name == c.options.at("op");
-        const bool listed = std::find(files.begin(), files.end(), name) != files.end();
+        const bool listed = std::find(files.begin(), files.end(), name) != files.end() ||
+                            std::find(reference_files.begin(), reference_files.end(), name) != reference_files.end();
         EXPECT_EQ(has_operator, listed) << name;
     }
     EXPECT_EQ(found, 36u);

@@ -18,3 +18,4 @@
 #include <interdomain/interdomain.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
+#include <sisa/sisa.hpp>

@@ -152,7 +152,8 @@ const char* const names[] = {
     "x0",          "eta0",       "q",          "k",       "v",      "o",        "g",
     "x",           "W",          "scale",      "bias",    "conv0",  "offset",   "cu_seqlens",
     "conv_weight", "conv_bias",  "dout.y",     "dout.xT", "dout.o", "dout.lse", "dout.z",
-    "dout.etaT",   "dout.convT", "out.y",      "grad.u",  "z",      ""};
+    "dout.etaT",   "dout.convT", "out.y",      "grad.u",  "z",      "log_alpha",
+    "theta",       "lam",        ""};
 const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"op", "attention"},
                                                        {"op", "interdomain"},
@@ -160,6 +161,12 @@ const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"op", "random_features"},
                                                        {"op", "gate"},
                                                        {"op", "sisa"},
+                                                       {"op", "sd_attention"},
+                                                       {"mode", "exact"},
+                                                       {"mode", "published"},
+                                                       {"clamp", "0.5"},
+                                                       {"clamp", "0"},
+                                                       {"clamp", "1e308"},
                                                        {"disc", "zoh"},
                                                        {"disc", "bilinear"},
                                                        {"disc", "raw"},
@@ -261,6 +268,22 @@ Shapes attention_shapes(Sketch& s) {
     return shapes;
 }
 
+Shapes sisa_shapes(Sketch& s) {
+    if (s.size(3) == 0) s.options["mode"] = "published";
+    if (s.size(3) == 0) s.options["clamp"] = "0.5";
+    Shapes shapes = attention_shapes(s);  // q and k come first
+    s.options.erase("causal");
+    const Extents q = shapes[0].second, k = shapes[1].second;
+    const std::int64_t pairs = s.longer ? 1 : s.size(5);
+    if (pairs == 0 && s.optional) return shapes;
+    shapes.insert(shapes.end(), {{"C", {s.batch, q[1], q[2], 2 * pairs}},
+                                 {"B", {s.batch, k[1], k[2], 2 * pairs}},
+                                 {"log_alpha", {s.batch, k[1], k[2]}},
+                                 {"theta", {s.batch, k[1], k[2], pairs}},
+                                 {"lam", {q[2]}}});
+    return shapes;
+}
+
 Shapes interdomain_shapes(Sketch& s) {
     const char* const methods[] = {"automatic", "chunked", "scan", "parallel_scan", "fft"};
     s.options["method"] = any(s.random, methods);
@@ -333,7 +356,8 @@ const Maker makers[] = {{"s4d", s4d_shapes},
                         {"interdomain", interdomain_shapes},
                         {"feature_map", feature_map_shapes},
                         {"random_features", random_features_shapes},
-                        {"gate", gate_shapes}};
+                        {"gate", gate_shapes},
+                        {"sisa", sisa_shapes}};
 
 SafetensorsFile random_case(Random& random) {
     Sketch sketch{random};

@@ -1,4 +1,5 @@
-// The operators that reference and cpu run. A new operator is an include and a line here.
+// The operators that reference and cpu run. A new operator is an include and a line here: in the first list if both
+// run it, in the second while it has no cpu part.
 #pragma once
 
 #include <attention/attention.hpp>
@@ -7,6 +8,7 @@
 #include <interdomain/interdomain.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
+#include <sisa/sisa.hpp>
 
 #include "operators.hpp"
 
@@ -20,6 +22,10 @@ inline constexpr Entry<Exec> host_operators[] = {
     run_operator<interdomain::Operator, Exec>(),
     run_operator<random_features::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
+};
+
+inline constexpr Entry<reference> reference_operators[] = {
+    run_operator<sisa::Operator, reference>(),
 };
 
 }  // namespace interstate::tools::replay
