@@ -5,6 +5,7 @@
 
 #include <interstate/verify.cuh>
 
+#include <attention/attention.cuh>
 #include <feature_map/feature_map.cuh>
 #include <gate/gate.cuh>
 #include <interdomain/interdomain.cuh>

@@ -285,9 +285,9 @@ void determinism(Checks& checks) {
 
 /// A guest that adds to scores: slope times distance, as in arXiv 2108.12409.
 struct Alibi {
-    static constexpr bool adds = true;
+    static constexpr bool adds_term = true;
     float slope;
-    __device__ float add(int head, int query_position, int key_position) const {
+    __device__ float score_term(int head, int query_position, int key_position) const {
         return -slope / static_cast<float>(head + 1) * static_cast<float>(query_position > key_position ? query_position - key_position : key_position - query_position);
     }
 };

@@ -1,3 +1,4 @@
+#include <attention/attention.cuh>
 #include <feature_map/feature_map.cuh>
 #include <gate/gate.cuh>
 #include <interdomain/interdomain.cuh>
@@ -12,6 +13,7 @@ namespace interstate::tools::replay {
 namespace {
 
 constexpr Entry<cuda> cuda_operators[] = {
+    run_operator<attention::Operator, cuda>(),
     run_operator<feature_map::Operator, cuda>(),
     run_operator<gate::Operator, cuda>(),
     run_operator<interdomain::Operator, cuda>(),

@@ -160,14 +160,14 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, douts, values(step).as_stored(), n, 0, lane_id);
             const int position = low + lane.group;
-            if constexpr (Policy::adds)
+            if constexpr (Policy::adds_term)
 #pragma unroll
                 for (int i = 0; i < m; ++i)
 #pragma unroll
                     for (int t = 0; t < tiles; ++t)
 #pragma unroll
                         for (int e = 0; e < 4; ++e)
-                            s[i][t][e] += call.policy.add(at.head, position + 16 * i + 8 * (e / 2), j + 8 * t + 2 * lane.quad + e % 2) / call.scale;
+                            s[i][t][e] += call.policy.score_term(at.head, position + 16 * i + 8 * (e / 2), j + 8 * t + 2 * lane.quad + e % 2) / call.scale;
             const bool masked = j < call.mask.first_key(high) || j + part > call.mask.end_key(low, at.keys);
 #pragma unroll
             for (int i = 0; i < m; ++i) {
@@ -278,14 +278,14 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
             clear(dp);
             multiply_rows<precision, dim>(s, keys, queries(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, values, douts(step).as_stored(), n, 0, lane_id);
-            if constexpr (Policy::adds)
+            if constexpr (Policy::adds_term)
 #pragma unroll
                 for (int i = 0; i < m; ++i)
 #pragma unroll
                     for (int t = 0; t < tiles; ++t)
 #pragma unroll
                         for (int e = 0; e < 4; ++e)
-                            s[i][t][e] += call.policy.add(at.head * group + step / of_head, first + 8 * t + 2 * lane.quad + e % 2,
+                            s[i][t][e] += call.policy.score_term(at.head * group + step / of_head, first + 8 * t + 2 * lane.quad + e % 2,
                                                           low + 16 * i + lane.group + 8 * (e / 2)) / call.scale;
             const bool masked = first < call.mask.first_position(high) || first + part > call.mask.end_position(low, at.keys) || i0 + n + part > at.queries;
 #pragma unroll

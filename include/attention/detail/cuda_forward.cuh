@@ -109,14 +109,14 @@ __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::
     #pragma unroll
                         for (int e = 0; e < 4; ++e) s[i][t][e] = -s[i][t][e];
             const int position = position0 + 16 * m * warp + lane.group;
-            if constexpr (Policy::adds)
+            if constexpr (Policy::adds_term)
     #pragma unroll
                 for (int i = 0; i < m; ++i)
     #pragma unroll
                     for (int t = 0; t < tiles; ++t)
     #pragma unroll
                         for (int e = 0; e < 4; ++e)
-                            s[i][t][e] += call.policy.add(at.head, position + 16 * i + 8 * (e / 2), j + 8 * t + 2 * lane.quad + e % 2) / fabsf(call.scale);
+                            s[i][t][e] += call.policy.score_term(at.head, position + 16 * i + 8 * (e / 2), j + 8 * t + 2 * lane.quad + e % 2) / fabsf(call.scale);
             if (j < call.mask.first_key(high) || j + tile > call.mask.end_key(low, at.keys))
     #pragma unroll
                 for (int i = 0; i < m; ++i) mask_scores(s[i], call.mask, position + 16 * i, j, at.keys, lane.quad);

@@ -90,7 +90,7 @@ __global__ __launch_bounds__(simple_threads) void simple_forward_kernel(const __
             A s = -A(INFINITY);
             if (j < end) {
                 s = dot<A>(call.in.q, at.batch, row, at.head, call.in.k, at.key0 + j, kv) * c;
-                if constexpr (Policy::adds) s += static_cast<A>(call.policy.add(at.head, position, j) * log2_e);
+                if constexpr (Policy::adds_term) s += static_cast<A>(call.policy.score_term(at.head, position, j) * log2_e);
             }
             A shrink = 1;
             if (call.softmax) {
@@ -139,7 +139,7 @@ __global__ __launch_bounds__(simple_threads) void simple_query_gradient_kernel(c
             if (j < end) {
                 A s = dot<A>(call.in.q, at.batch, row, at.head, call.in.k, at.key0 + j, kv);
                 A dp = dot<A>(dout, at.batch, row, at.head, call.in.v, at.key0 + j, kv);
-                if constexpr (Policy::adds) s += static_cast<A>(call.policy.add(at.head, position, j) / call.scale);
+                if constexpr (Policy::adds_term) s += static_cast<A>(call.policy.score_term(at.head, position, j) / call.scale);
                 weigh_simply(call.softmax, s, dp, c, x.lse2, x.minus);
                 gradients[threadIdx.x] = dp;
             }
@@ -175,7 +175,7 @@ __global__ __launch_bounds__(simple_threads) void simple_key_gradient_kernel(con
                 __syncthreads();
                 if (i < end) {
                     A s = dot<A>(call.in.q, at.batch, query, h, call.in.k, row, kv), dp = dot<A>(dout, at.batch, query, h, call.in.v, row, kv);
-                    if constexpr (Policy::adds) s += static_cast<A>(call.policy.add(static_cast<int>(h), i + at.offset(), at.first) / call.scale);
+                    if constexpr (Policy::adds_term) s += static_cast<A>(call.policy.score_term(static_cast<int>(h), i + at.offset(), at.first) / call.scale);
                     RowStatistics<A> x{call.softmax ? A(0) : static_cast<A>(call.bias(static_cast<int>(h)) * log2_e), A(0)};
                     if (call.softmax) x = statistics[(at.batch * call.shape.query_heads + h) * call.shape.queries + query];
                     weigh_simply(call.softmax, s, dp, c, x.lse2, x.minus);

@@ -118,9 +118,12 @@ inline Status check_blocks(Index blocks) {
                          static_cast<long long>(blocks));
 }
 
-/// No guest.
+/// Attention itself, and what a policy may have: an object that kernels get by value.
 struct Plain {
-    static constexpr bool adds = false;
+    /// score += score_term(head, query_position, key_position), after the scale and before the mask; positions count on the key
+    /// axis of their sequence.
+    ///     __device__ float score_term(int head, int query_position, int key_position) const;
+    static constexpr bool adds_term = false;
 };
 
 /// 2^x.
