@@ -141,8 +141,8 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
     device::wait_for_copies();
     __syncthreads();
 
-    const Shared16<T, Form::rows> queries(q, 16 * m * warp, lane_id);
-    const Shared16<T, Form::rows> douts(dout, 16 * m * warp, lane_id);
+    const Shared16<T, Form::rows, dim> queries(q, 16 * m * warp, lane_id);
+    const Shared16<T, Form::rows, dim> douts(dout, 16 * m * warp, lane_id);
     float sum[m][dim / 8][4];
     clear(sum);
     const float c = call.scale * float(log2_e), larger = is_half ? half_gradients(*up.range) : 1.0f, scale = call.scale / larger;
@@ -256,8 +256,8 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
     device::wait_for_copies();
     __syncthreads();
 
-    const Shared16<T, Form::rows> keys(k, 16 * m * warp, lane_id);
-    const Shared16<T, Form::rows> values(v, 16 * m * warp, lane_id);
+    const Shared16<T, Form::rows, dim> keys(k, 16 * m * warp, lane_id);
+    const Shared16<T, Form::rows, dim> values(v, 16 * m * warp, lane_id);
     float sum_k[m][Form::share / 8][4], sum_v[m][Form::share / 8][4];
     clear(sum_k);
     clear(sum_v);

@@ -78,7 +78,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::
     device::wait_for_copies();
     __syncthreads();
 
-    const Shared16<T, Form::rows> queries(q, 16 * m * warp, lane_id);
+    const Shared16<T, Form::rows, dim> queries(q, 16 * m * warp, lane_id);
     float sum[m][dim / 8][4], shift[m][2], total[m][2];
     clear(sum);
 #pragma unroll

@@ -159,10 +159,9 @@ struct Rows16 {
 };
 
 /// Rows of a matrix in shared memory as a left factor. Registers could keep them, but are worth more elsewhere.
-template <class E, int rows>
+template <class E, int rows, int columns>
 struct Shared16 {
-    device::SwizzledLoader<E, rows, device::Read::as_stored, true> loader;
-    template <int columns>
+    device::SwizzledLoader<E, rows, device::panel_columns<E, columns>, device::Read::as_stored, true> loader;
     __device__ Shared16(const device::Swizzled<E, rows, columns>& a, int row, int lane) : loader(device::rows_of(a.as_stored(), row, 0, lane)) {}
     template <device::Precision precision>
     __device__ void load(device::Factors<float, precision, 2>& f, int i, int k) const {

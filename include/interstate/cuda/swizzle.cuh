@@ -1,9 +1,10 @@
-// Matrices in shared memory with rows of 128 bytes, as factors of products (cuda/matrix.cuh) and on their way from and to
-// tensors. Rows are read from and written to memory by whole cache lines, which asks the second-level cache for as little as
+// Matrices in shared memory with rows of up to 128 bytes, as factors of products (cuda/matrix.cuh) and on their way from and
+// to tensors. Rows are read from and written to memory by whole cache lines, which asks the second-level cache for as little as
 // can be; blocks of 8 x 8 (cuda/matrix.cuh) ask four times as often.
 //
-// A matrix lies in panels of 64 columns of 16 bits or 32 of 32 bits. The eight chunks of 16 bytes of a row are exchanged, chunk c
-// to c ^ x(row), so that a column of chunks is in eight different banks too. Everything a warp loads is then free of conflicts.
+// A matrix lies in panels of columns, 64 of 16 bits or 32 of 32 bits; one that is narrower is one panel of 64 or 32 bytes. The
+// chunks of 16 bytes of a row are exchanged, chunk c to c ^ x(row), so that a column of chunks is in eight different banks too.
+// What a warp loads is then free of conflicts (but for columns of floats in narrow panels).
 #pragma once
 
 #include <interstate/cuda/rows.cuh>
@@ -12,25 +13,30 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace device {
 
 template <class E>
-inline constexpr int panel_columns = 128 / static_cast<int>(sizeof(E));
-template <class E>
 inline constexpr int chunk_columns = 16 / static_cast<int>(sizeof(E));
+/// Of a matrix of `columns` columns.
+template <class E, int columns>
+inline constexpr int panel_columns = columns * static_cast<int>(sizeof(E)) < 128 ? columns : 128 / static_cast<int>(sizeof(E));
 
 /// What chunks of a row are exchanged by. In floats a quarter of a warp reads two chunks each of rows 0 1 2 3 or of 0 2 4 6.
-template <class E>
+template <class E, int panel>
 __host__ __device__ constexpr int exchanged(int row) {
-    return sizeof(E) == 2 ? row % 8 : 2 * ((row % 4) ^ (row / 4 % 2));
+    constexpr int bytes = panel * static_cast<int>(sizeof(E)), rows = 128 / bytes;  // rows of a line of banks
+    static_assert(bytes == 32 || bytes == 64 || bytes == 128);
+    if constexpr (sizeof(E) == 2) return row / rows % (bytes / 16);
+    if constexpr (bytes == 128) return 2 * ((row % 4) ^ (row / 4 % 2));
+    return bytes == 64 ? 2 * (row / 2 % 2) : 0;
 }
 
-/// Where element (r, c) of a matrix of `rows` rows is.
-template <class E, int rows>
+/// Where element (r, c) of a matrix is.
+template <class E, int rows, int columns>
 __host__ __device__ constexpr int swizzled(int r, int c) {
-    constexpr int panel = panel_columns<E>, chunk = chunk_columns<E>;
-    return c / panel * (rows * panel) + r * panel + ((c % panel / chunk) ^ exchanged<E>(r)) * chunk + c % chunk;
+    constexpr int panel = panel_columns<E, columns>, chunk = chunk_columns<E>;
+    return c / panel * (rows * panel) + r * panel + ((c % panel / chunk) ^ exchanged<E, panel>(r)) * chunk + c % chunk;
 }
 
 /// A swizzled matrix as a factor of products, as Operand is for a blocked one.
-template <class E, int rows, Read read>
+template <class E, int rows, int panel, Read read>
 struct SwizzledOperand {
     using Element = E;
     static constexpr bool is_transposed = read == Read::transposed;
@@ -39,13 +45,14 @@ struct SwizzledOperand {
 
 /// A lane's way to the factors of a product. Offsets are constants once loops are unrolled: those of rows are added, those of
 /// columns inside a panel are exclusive-ors.
-template <class E, int rows, Read read, bool as_a>
+template <class E, int rows, int panel, Read read, bool as_a>
 class SwizzledLoader {
     static constexpr bool is_transposed = read == Read::transposed, wide = sizeof(E) == 4;
+    static constexpr unsigned row_bytes = panel * sizeof(E);
 
   public:
     /// `outer` and `k` are multiples of 8; what counts columns is one of whole panels.
-    __device__ SwizzledLoader(const SwizzledOperand<E, rows, read>& from, int outer, int k, int lane) {
+    __device__ SwizzledLoader(const SwizzledOperand<E, rows, panel, read>& from, int outer, int k, int lane) {
         int row = is_transposed ? k : outer, chunk = 0;
         if constexpr (wide) {
             row += is_transposed ? lane % 4 * 2 : lane / 4;
@@ -58,12 +65,12 @@ class SwizzledLoader {
             chunk = is_transposed ? next_outer : next_k;
         }
         const int column = is_transposed ? outer : k;
-        const auto start = static_cast<unsigned>(__cvta_generic_to_shared(from.data)) + static_cast<unsigned>(column / panel_columns<E> * rows + row) * 128;
-        at_ = start + static_cast<unsigned>(chunk ^ exchanged<E>(row)) * 16;
+        const auto start = static_cast<unsigned>(__cvta_generic_to_shared(from.data)) + static_cast<unsigned>(column / panel * rows + row) * row_bytes;
+        at_ = start + static_cast<unsigned>(chunk ^ exchanged<E, panel>(row)) * 16;
         if constexpr (wide) {
             const int inside = is_transposed ? lane / 4 % 4 : lane % 2 * 2;
             at_ += static_cast<unsigned>(inside) * 4;
-            if constexpr (is_transposed) next_ = start + 128 + static_cast<unsigned>((chunk ^ exchanged<E>(row + 1)) * 16 + inside * 4);
+            if constexpr (is_transposed) next_ = start + row_bytes + static_cast<unsigned>((chunk ^ exchanged<E, panel>(row + 1)) * 16 + inside * 4);
         }
     }
     template <Precision precision>
@@ -97,8 +104,8 @@ class SwizzledLoader {
   private:
     __device__ static unsigned moved(unsigned at, int outer, int k) {
         const int row = is_transposed ? k : outer, column = is_transposed ? outer : k;
-        return (at ^ static_cast<unsigned>(column % panel_columns<E> / chunk_columns<E> * 16)) +
-               static_cast<unsigned>(column / panel_columns<E> * rows + row) * 128;
+        return (at ^ static_cast<unsigned>(column % panel / chunk_columns<E> * 16)) +
+               static_cast<unsigned>(column / panel * rows + row) * row_bytes;
     }
     __device__ float2 pair(int outer, int k) const {
         float2 x;
@@ -114,42 +121,45 @@ class SwizzledLoader {
 };
 
 /// Rows row .. row + 7 and row + 8 .. row + 15 of `a`, from k on.
-template <class E, int rows, Read read>
-__device__ SwizzledLoader<E, rows, read, true> rows_of(const SwizzledOperand<E, rows, read>& a, int row, int k, int lane) {
+template <class E, int rows, int panel, Read read>
+__device__ SwizzledLoader<E, rows, panel, read, true> rows_of(const SwizzledOperand<E, rows, panel, read>& a, int row, int k, int lane) {
     return {a, row, k, lane};
 }
 /// Columns n .. n + 7 and n + 8 .. n + 15 of `b`.
-template <class E, int rows, Read read>
-__device__ SwizzledLoader<E, rows, read, false> columns_of(const SwizzledOperand<E, rows, read>& b, int n, int k, int lane) {
+template <class E, int rows, int panel, Read read>
+__device__ SwizzledLoader<E, rows, panel, read, false> columns_of(const SwizzledOperand<E, rows, panel, read>& b, int n, int k, int lane) {
     return {b, n, k, lane};
 }
 
 /// A matrix of rows of a tensor in shared memory.
 template <class E, int rows, int columns>
 struct Swizzled {
-    static_assert(columns % panel_columns<E> == 0);
+    static constexpr int panel = panel_columns<E, columns>;
+    static_assert(columns % panel == 0);
     static constexpr int size = rows * columns;  // elements
     E* data;
-    __device__ SwizzledOperand<E, rows, Read::as_stored> as_stored() const { return {data}; }
-    __device__ SwizzledOperand<E, rows, Read::transposed> transposed() const { return {data}; }
-    __device__ E* at(int r, int c) const { return data + swizzled<E, rows>(r, c); }
+    __device__ SwizzledOperand<E, rows, panel, Read::as_stored> as_stored() const { return {data}; }
+    __device__ SwizzledOperand<E, rows, panel, Read::transposed> transposed() const { return {data}; }
+    __device__ E* at(int r, int c) const { return data + swizzled<E, rows, columns>(r, c); }
 
-    /// Starts copies of the rows, zeros behind them; wide rows fly until wait_for_copies. By `threads` threads, of which eight
-    /// have a line of memory.
+    /// Starts copies of the rows, zeros behind them; wide rows fly until wait_for_copies. By `threads` threads, neighbours of
+    /// which have the chunks of a row of a panel.
     template <int threads>
     __device__ void copy_in(const Rows<const E>& from, int thread) const {
-        constexpr int V = chunk_columns<E>, step = threads / 8;
-        static_assert(step % 8 == 0 && rows % step == 0);
+        constexpr int V = chunk_columns<E>, step = threads / (panel / V);
+        static_assert(threads % (panel / V) == 0 && step % 8 == 0);
         if (from.wide) {
-            const int row = thread / 8, first = thread % 8 * V;
+            const int row = thread / (panel / V), first = thread % (panel / V) * V;
             const E* source = from.data + row * from.stride + first;
             const Index next = step * from.stride;
-            E* to = at(row, first);
+            E* const to = at(row, first);
 #pragma unroll
-            for (int i = 0; i < rows / step; ++i, source += next)
+            for (int i = 0; i < (rows + step - 1) / step; ++i, source += next) {
+                if (rows % step != 0 && row + i * step >= rows) break;
 #pragma unroll
-                for (int panel = 0; panel < columns; panel += panel_columns<E>)
-                    copy_async_16(to + i * step * panel_columns<E> + panel * rows, source + panel, first + panel < from.width && row + i * step < from.count);
+                for (int column = 0; column < columns; column += panel)
+                    copy_async_16(to + i * step * panel + column * rows, source + column, first + column < from.width && row + i * step < from.count);
+            }
         } else {
 #pragma unroll 1
             for (int e = thread; e < rows * columns; e += threads) {
@@ -161,11 +171,11 @@ struct Swizzled {
     /// Takes rows out.
     template <int threads>
     __device__ void copy_out(const Rows<E>& to, int thread) const {
-        constexpr int V = chunk_columns<E>, step = threads / 8;
+        constexpr int V = chunk_columns<E>, step = threads / (panel / V);
         if (to.wide) {
-            for (int row = thread / 8; row < min(rows, to.count); row += step)
+            for (int row = thread / (panel / V); row < min(rows, to.count); row += step)
 #pragma unroll
-                for (int column = thread % 8 * V; column < columns; column += panel_columns<E>)
+                for (int column = thread % (panel / V) * V; column < columns; column += panel)
                     if (column < to.width)
                         *reinterpret_cast<int4*>(to.data + row * to.stride + column) = *reinterpret_cast<const int4*>(at(row, column));
         } else {
