@@ -105,30 +105,48 @@ struct Running {
 /// Scores of a tile become weights relative to the largest score so far (eq. 13), columns [begin, end).
 template <class A>
 struct OnlineSoftmax {
+    /// Vecs vectors of columns side by side: the maxima and sums of a column are chains, which others fill up.
+    template <int Vecs, class V>
+    static INTERSTATE_INLINE void columns(A* column, Index rows, const Running<A>& running, Index c) {
+        constexpr A inf = std::numeric_limits<A>::infinity();
+        V before[Vecs], largest[Vecs], sum[Vecs];
+        INTERSTATE_UNROLL
+        for (int n = 0; n < Vecs; ++n) largest[n] = before[n] = simd::load<V>(running.largest + c + n * V::lanes);
+        for (Index r = 0; r < rows; ++r) {
+            INTERSTATE_UNROLL
+            for (int n = 0; n < Vecs; ++n)
+                largest[n] = simd::max(simd::load<V>(column + r * tile_stride + n * V::lanes), largest[n]);
+        }
+        INTERSTATE_UNROLL
+        for (int n = 0; n < Vecs; ++n) {
+            const Index at = c + n * V::lanes;
+            simd::store(running.largest + at, largest[n]);
+            // Where every score so far is -inf, -inf - (-inf) must not be formed.
+            largest[n].v = largest[n].v == -inf ? simd::broadcast<V>(A(0)).v : largest[n].v;
+            const V shrink = simd::exp(before[n] - largest[n]);
+            sum[n] = simd::load<V>(running.sum + at) * shrink;
+            simd::store(running.shrink + at, shrink);
+        }
+        for (Index r = 0; r < rows; ++r) {
+            INTERSTATE_UNROLL
+            for (int n = 0; n < Vecs; ++n) {
+                A* at = column + r * tile_stride + n * V::lanes;
+                const V p = simd::exp(simd::load<V>(at) - largest[n]);
+                simd::store(at, p);
+                sum[n] = sum[n] + p;
+            }
+        }
+        INTERSTATE_UNROLL
+        for (int n = 0; n < Vecs; ++n) simd::store(running.sum + c + n * V::lanes, sum[n]);
+    }
     template <class Set>
     static INTERSTATE_INLINE void run(A* tile, Index rows, Index begin, Index end, Running<A> running) {
         using V = simd::Native<Set, A>;
-        constexpr A inf = std::numeric_limits<A>::infinity();
-        for (Index c = begin; c < end; c += V::lanes) {
-            A* column = tile + c;
-            const V before = simd::load<V>(running.largest + c);
-            V largest = before;
-            for (Index r = 0; r < rows; ++r)
-                largest = simd::max(simd::load<V>(column + r * tile_stride), largest);
-            // Where every score so far is -inf, -inf - (-inf) must not be formed.
-            V shift = largest;
-            shift.v = largest.v == -inf ? simd::broadcast<V>(A(0)).v : largest.v;
-            const V shrink = simd::exp(before - shift);
-            V sum = simd::load<V>(running.sum + c) * shrink;
-            for (Index r = 0; r < rows; ++r) {
-                const V p = simd::exp(simd::load<V>(column + r * tile_stride) - shift);
-                simd::store(column + r * tile_stride, p);
-                sum = sum + p;
-            }
-            simd::store(running.largest + c, largest);
-            simd::store(running.sum + c, sum);
-            simd::store(running.shrink + c, shrink);
-        }
+        constexpr int widest = Set::registers >= 32 ? 4 : 1;
+        Index c = begin;
+        for (; c + widest * V::lanes <= end; c += widest * V::lanes) columns<widest, V>(tile + c, rows, running, c);
+        if constexpr (widest > 1)
+            for (; c < end; c += V::lanes) columns<1, V>(tile + c, rows, running, c);
     }
 };
 
@@ -494,6 +512,12 @@ struct Tile {
     bool masked(RowRange range) const {
         return columns_of(0).end < range.end || columns_of(rows - 1).begin > range.begin;
     }
+    /// Columns [begin, end), and the rows with anything to do there: both ends of rows_of move forward, too.
+    Tile strip(Index begin, Index end) const {
+        const RowRange r{rows_of(begin).begin, rows_of(end - 1).end};
+        return {options, sequence, query_columns, outer + begin, end - begin, inner + r.begin,
+                r.end > r.begin ? r.end - r.begin : 0};
+    }
     template <class A>
     void fill_masked(A* tile, RowRange range, A value) const {
         for (Index r = 0; r < rows; ++r) {
@@ -528,19 +552,19 @@ void accumulate(Isa isa, const Tile& tile, RowRange range, bool masked, const A*
 /// The other way: sum[r][d] += sum_c weights[r][c] x[c][d], x the rows of the panel.
 template <class A>
 void accumulate_rows(Isa isa, const Tile& tile, RowRange range, bool masked, const A* weights, const A* x, Index ld,
-                     Index width, A* sum, Index ld_sum, bool add) {
+                     Index width, A* sum, Index ld_sum) {
     bool together = true;
     if (masked)
         simd::run_body<Finite<A>>(isa, x + range.begin * ld, range.end - range.begin, ld, width, &together);
     if (together) {
         multiply(isa, weights + range.begin, tile_stride, 1, x + range.begin * ld, ld, sum, ld_sum, tile.rows, width,
-                 range.end - range.begin, add);
+                 range.end - range.begin, true);
         return;
     }
     for (Index r = 0; r < tile.rows; ++r) {
         const RowRange c = tile.columns_of(r);
         multiply(isa, weights + r * tile_stride + c.begin, tile_stride, 1, x + c.begin * ld, ld, sum + r * ld_sum, ld_sum, 1,
-                 width, c.end - c.begin, add);
+                 width, c.end - c.begin, true);
     }
 }
 
@@ -754,6 +778,31 @@ struct TiledCall {
             policy.load_b(isa, b, kv, row, count, to + w.channel, ld);
         }
     }
+    /// Rows that a product can read where they lie, as its left operand; null where they must be loaded.
+    template <class X>
+    const A* in_place(const View<X, 4>& x, Index b, Index row, Index h, Index& ld) const {
+        if constexpr (std::is_same_v<T, A> && !Policy::channels)
+            if (x.extent[3] > 0 && x.stride[3] == 1) {
+                ld = x.stride[1];
+                return &x(b, row, h, 0);
+            }
+        return nullptr;
+    }
+    /// Calls f(tile, columns, masked) for a tile, or for strips of it where a mask leaves out a part: there is less to
+    /// do in each than in the whole.
+    template <class F>
+    static void for_each_strip(const Tile& whole, F&& f) {
+        constexpr Index width = 2 * pad;
+        const RowRange real = whole.active();
+        if (real.begin >= real.end) return;
+        const RowRange wide{real.begin / pad * pad, padded(real.end)};
+        const RowRange range{wide.begin, wide.end < whole.columns ? wide.end : whole.columns};
+        if (!whole.masked(range)) return f(whole, range, false);
+        for (Index c = range.begin; c < range.end; c += width) {
+            const Tile tile = whole.strip(c, c + width < range.end ? c + width : range.end);
+            if (tile.rows > 0) f(tile, RowRange{0, tile.columns}, tile.masked({0, tile.columns}));
+        }
+    }
     /// Rows become columns of (ld, panel), up to whole vectors of columns; those behind `count` are zero.
     void transpose(A* rows, Index count, Index ld, A* to) const {
         for (Index x = count * ld; x < padded(count) * ld; ++x) rows[x] = A(0);
@@ -837,7 +886,12 @@ struct TiledCall {
         const Index end = q.keys_of(options, last - 1).end;
         for (Index j = q.keys_of(options, first).begin; j < end; j += inner_block) {
             const Index rows = end - j < inner_block ? end - j : inner_block;
-            load_keys(b, kv, q.key0 + j, rows, s.inner_a, w.ld);
+            Index ldk = w.ld;
+            const A* keys = in_place(in.k, b, q.key0 + j, kv, ldk);
+            if (!keys) {
+                load_keys(b, kv, q.key0 + j, rows, s.inner_a, ldk);
+                keys = s.inner_a;
+            }
             load(in.v, b, q.key0 + j, kv, rows, A(1), s.inner_b, ldv);
             const Index soon = end - j - rows < inner_block ? end - j - rows : inner_block;
             double reference = 0;
@@ -859,50 +913,51 @@ struct TiledCall {
             for (Index p = 0; p < panels; ++p) {
                 const Index ahead = q.key0 + j + rows;
                 prefetch_rows(in.k, b, ahead + p * soon / panels, ahead + (p + 1) * soon / panels, kv);
-                prefetch_rows(in.v, b, ahead + p * soon / panels, ahead + (p + 1) * soon / panels, kv);
-
                 const Index n = count - p * panel < panel ? count - p * panel : panel;
-                const Tile tile{options, q, true, first + p * panel, n, j, rows};
-                const RowRange real = tile.active();
-                if (real.begin >= real.end) continue;
-                const RowRange wide{real.begin / pad * pad, padded(real.end)};  // whole vectors
-                const RowRange range{wide.begin, wide.end < n ? wide.end : n};
-                A* const right = s.outer_a + p * w.ld * panel;
-                A* const sum = s.sum_b + p * panel * ldv;
-                const Running<A> running{s.running.largest + p * panel, s.running.sum + p * panel,
-                                         s.running.shrink + p * panel};
-                if constexpr (Policy::channels) {
-                    const A* from = s.channels_a + p * padded(w.channels) * panel;
-                    const double* g = s.outer_g + p * panel;
-                    if (steep) {
-                        products(s.inner_a, w.ld, shape.head_dim, right, wide, rows, s.tile);
-                        products(s.channels_b, padded(w.channels), w.channels, from, wide, rows, s.channel_tile);
-                        simd::run_body<DecayTile<A>>(isa, s.decay_tile, rows, wide.begin, wide.end,
-                                                     static_cast<const double*>(s.inner_g), g, true);
-                        simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.channel_tile),
-                                                        static_cast<const A*>(s.decay_tile), rows, wide.begin, wide.end, true,
-                                                        s.tile);
+                for_each_strip({options, q, true, first + p * panel, n, j, rows}, [&](const Tile& tile, RowRange range,
+                                                                                     bool masked) {
+                    // The tile may be a strip of (j, p): rows from r0 and columns from c0 on.
+                    const Index r0 = tile.inner - j, c0 = tile.outer - first - p * panel;
+                    const RowRange wide{range.begin, padded(range.end)};  // whole vectors
+                    const A* const left = keys + r0 * ldk;
+                    A* const right = s.outer_a + p * w.ld * panel + c0;
+                    A* const sum = s.sum_b + (p * panel + c0) * ldv;
+                    const Running<A> running{s.running.largest + p * panel + c0, s.running.sum + p * panel + c0,
+                                             s.running.shrink + p * panel + c0};
+                    if constexpr (Policy::channels) {
+                        const A* from = s.channels_a + p * padded(w.channels) * panel + c0;
+                        const double* g = s.outer_g + p * panel + c0;
+                        if (steep) {
+                            products(left, ldk, shape.head_dim, right, wide, tile.rows, s.tile);
+                            products(s.channels_b + r0 * padded(w.channels), padded(w.channels), w.channels, from, wide,
+                                     tile.rows, s.channel_tile);
+                            simd::run_body<DecayTile<A>>(isa, s.decay_tile, tile.rows, wide.begin, wide.end,
+                                                         static_cast<const double*>(s.inner_g + r0), g, true);
+                            simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.channel_tile),
+                                                            static_cast<const A*>(s.decay_tile), tile.rows, wide.begin,
+                                                            wide.end, true, s.tile);
+                        } else {
+                            simd::run_body<DecayFactors<A>>(isa, g, reference, 1.0, wide.end, s.factors);
+                            simd::run_body<ScaleColumns<A>>(isa, from, w.channels, wide.begin, wide.end,
+                                                            static_cast<const A*>(s.factors), right + w.channel * panel);
+                            products(left, ldk, w.score, right, wide, tile.rows, s.tile);
+                        }
                     } else {
-                        simd::run_body<DecayFactors<A>>(isa, g, reference, 1.0, padded(n), s.factors);
-                        simd::run_body<ScaleColumns<A>>(isa, from, w.channels, wide.begin, wide.end,
-                                                        static_cast<const A*>(s.factors), right + w.channel * panel);
-                        products(s.inner_a, w.ld, w.score, right, wide, rows, s.tile);
+                        products(left, ldk, w.score, right, wide, tile.rows, s.tile);
                     }
-                } else {
-                    products(s.inner_a, w.ld, w.score, right, wide, rows, s.tile);
-                }
-                add_term(tile, b, h, wide, s.tile);
-                const bool masked = tile.masked(range);
-                if (softmax()) {
-                    if (masked) tile.fill_masked(s.tile, range, -inf);
-                    simd::run_body<OnlineSoftmax<A>>(isa, s.tile, rows, wide.begin, wide.end, running);
-                    simd::run_body<ScaleRows<A>>(isa, sum + range.begin * ldv, range.end - range.begin, ldv,
-                                                 static_cast<const A*>(running.shrink + range.begin));
-                } else {
-                    simd::run_body<Sigmoid<A>>(isa, s.tile, rows, wide.begin, wide.end, bias(h));
-                    if (masked) tile.fill_masked(s.tile, range, A(0));
-                }
-                accumulate<A>(isa, tile, range, masked, s.tile, s.inner_b, ldv, ldv, sum, ldv);
+                    add_term(tile, b, h, wide, s.tile);
+                    if (softmax()) {
+                        if (masked) tile.fill_masked(s.tile, range, -inf);
+                        simd::run_body<OnlineSoftmax<A>>(isa, s.tile, tile.rows, wide.begin, wide.end, running);
+                        simd::run_body<ScaleRows<A>>(isa, sum + range.begin * ldv, range.end - range.begin, ldv,
+                                                     static_cast<const A*>(running.shrink + range.begin));
+                    } else {
+                        simd::run_body<Sigmoid<A>>(isa, s.tile, tile.rows, wide.begin, wide.end, bias(h));
+                        if (masked) tile.fill_masked(s.tile, range, A(0));
+                    }
+                    accumulate<A>(isa, tile, range, masked, s.tile, s.inner_b + r0 * ldv, ldv, ldv, sum, ldv);
+                });
+                prefetch_rows(in.v, b, ahead + p * soon / panels, ahead + (p + 1) * soon / panels, kv);
             }
         }
         for (Index i = 0; i < count; ++i) {
@@ -1017,62 +1072,63 @@ struct TiledCall {
                         scale_channels(s.inner_a, ldk, rows, query_factors);
                     }
                 }
-                bool begun = false;
+                if (wants_query_side())
+                    for (Index x = 0; x < rows * ldk; ++x) s.sum_q[x] = A(0);
                 for (Index p = 0; p < panels; ++p) {
                     const Index ahead = q.query0 + next;
                     prefetch_rows(in.q, b, ahead + p * soon / panels, ahead + (p + 1) * soon / panels, h);
-                    prefetch_rows(upstream.o, b, ahead + p * soon / panels, ahead + (p + 1) * soon / panels, h);
-
                     const Index n = count - p * panel < panel ? count - p * panel : panel;
-                    const Tile tile{options, q, false, first + p * panel, n, i, rows};
-                    const RowRange real = tile.active();
-                    if (real.begin >= real.end) continue;
-                    const RowRange wide{real.begin / pad * pad, padded(real.end)};
-                    const RowRange range{wide.begin, wide.end < n ? wide.end : n};
-                    const A* keys = s.outer_a + p * ldk * panel;
-                    const Index dim = steep ? shape.head_dim : w.score;
-                    products(s.inner_a, ldk, dim, keys, wide, rows, s.tile);
-                    if constexpr (Policy::channels)
-                        if (steep) {
-                            products(s.inner_a + w.channel, ldk, w.channels, keys + w.channel * panel, wide, rows,
-                                     s.channel_tile);
-                            simd::run_body<DecayTile<A>>(isa, s.decay_tile, rows, wide.begin, wide.end,
-                                                         static_cast<const double*>(s.inner_g),
-                                                         static_cast<const double*>(s.outer_g + p * panel), false);
-                            simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.channel_tile),
-                                                            static_cast<const A*>(s.decay_tile), rows, wide.begin, wide.end,
-                                                            true, s.tile);
+                    for_each_strip({options, q, false, first + p * panel, n, i, rows}, [&](const Tile& tile, RowRange range,
+                                                                                          bool masked) {
+                        // The tile may be a strip of (i, p): rows from r0 and columns from c0 on.
+                        const Index r0 = tile.inner - i, c0 = tile.outer - first - p * panel, c = p * panel + c0;
+                        const RowRange wide{range.begin, padded(range.end)};
+                        const A* const left = s.inner_a + r0 * ldk;
+                        const A* const dout = s.inner_b + r0 * ldv;
+                        const A* const keys = s.outer_a + p * ldk * panel + c0;
+                        const A* const k = s.outer_rows + c * ldk;
+                        A* const dk = s.sum_a + c * ldk;
+                        A* const dv = s.sum_b + c * ldv;
+                        A* const dq_rows = s.sum_q + r0 * ldk;
+                        const Index channel = w.channel, ds = padded(w.channels);
+                        products(left, ldk, steep ? shape.head_dim : w.score, keys, wide, tile.rows, s.tile);
+                        if constexpr (Policy::channels)
+                            if (steep) {
+                                products(left + channel, ldk, w.channels, keys + channel * panel, wide, tile.rows,
+                                         s.channel_tile);
+                                simd::run_body<DecayTile<A>>(isa, s.decay_tile, tile.rows, wide.begin, wide.end,
+                                                             static_cast<const double*>(s.inner_g + r0),
+                                                             static_cast<const double*>(s.outer_g + c), false);
+                                simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.channel_tile),
+                                                                static_cast<const A*>(s.decay_tile), tile.rows, wide.begin,
+                                                                wide.end, true, s.tile);
+                            }
+                        products(dout, ldv, shape.value_dim, s.outer_b + p * ldv * panel + c0, wide, tile.rows, s.dtile);
+                        add_term(tile, b, h, wide, s.tile);
+                        score_gradient(s.tile, s.dtile, tile.rows, wide, s.lse + r0, s.minus + r0, bias(h));
+                        if (masked) {
+                            tile.fill_masked(s.tile, range, A(0));
+                            tile.fill_masked(s.dtile, range, A(0));
                         }
-                    products(s.inner_b, ldv, shape.value_dim, s.outer_b + p * ldv * panel, wide, rows, s.dtile);
-                    add_term(tile, b, h, wide, s.tile);
-                    score_gradient(s.tile, s.dtile, rows, wide, s.lse, s.minus, bias(h));
-                    const bool masked = tile.masked(range);
-                    if (masked) {
-                        tile.fill_masked(s.tile, range, A(0));
-                        tile.fill_masked(s.dtile, range, A(0));
-                    }
-                    A* const dk = s.sum_a + p * panel * ldk;
-                    const A* const k = s.outer_rows + p * panel * ldk;
-                    const Index width = steep ? padded(shape.head_dim) : ldk;
-                    if (grads.v) accumulate<A>(isa, tile, range, masked, s.tile, s.inner_b, ldv, ldv, s.sum_b + p * panel * ldv, ldv);
-                    if (wants_key_side()) accumulate<A>(isa, tile, range, masked, s.dtile, s.inner_a, ldk, width, dk, ldk);
-                    if (wants_query_side())
-                        accumulate_rows<A>(isa, tile, range, masked, s.dtile, k, ldk, width, s.sum_q, ldk, begun);
-                    if constexpr (Policy::channels)
-                        if (steep) {
-                            const Index c = w.channel, ds = padded(w.channels);
-                            simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.dtile),
-                                                            static_cast<const A*>(s.decay_tile), rows, wide.begin, wide.end,
-                                                            false, s.channel_tile);
-                            accumulate<A>(isa, tile, range, masked, s.channel_tile, s.inner_a + c, ldk, ds, dk + c, ldk);
-                            accumulate_rows<A>(isa, tile, range, masked, s.channel_tile, k + c, ldk, ds, s.sum_q + c, ldk,
-                                               begun);
-                        }
-                    begun = true;
+                        const Index width = steep ? channel : ldk;
+                        if (grads.v) accumulate<A>(isa, tile, range, masked, s.tile, dout, ldv, ldv, dv, ldv);
+                        if (wants_key_side()) accumulate<A>(isa, tile, range, masked, s.dtile, left, ldk, width, dk, ldk);
+                        if (wants_query_side())
+                            accumulate_rows<A>(isa, tile, range, masked, s.dtile, k, ldk, width, dq_rows, ldk);
+                        if constexpr (Policy::channels)
+                            if (steep) {
+                                simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.dtile),
+                                                                static_cast<const A*>(s.decay_tile), tile.rows, wide.begin,
+                                                                wide.end, false, s.channel_tile);
+                                accumulate<A>(isa, tile, range, masked, s.channel_tile, left + channel, ldk, ds, dk + channel,
+                                              ldk);
+                                accumulate_rows<A>(isa, tile, range, masked, s.channel_tile, k + channel, ldk, ds,
+                                                   dq_rows + channel, ldk);
+                            }
+                    });
+                    prefetch_rows(upstream.o, b, ahead + p * soon / panels, ahead + (p + 1) * soon / panels, h);
                 }
                 if (wants_query_side()) {
-                    if (!begun)
-                        for (Index x = 0; x < rows * ldk; ++x) s.sum_q[x] = A(0);
                     turn.wait(g * tiles + number + 1);
                     add_queries(b, h, q, i, rows, first, last, query_factors, s);
                     turn.pass(g * tiles + number + 1);
