@@ -30,8 +30,8 @@ struct Cells {
 
 /// Attention itself, and the list of what a policy may have. Rows are counted in the tensors; A is the accumulator.
 struct Plain {
-    /// score += term(cells), after the scale and before the mask. Leaf code: always inline, on simd.hpp alone.
-    ///     template <class V> INTERSTATE_INLINE V term(const Cells& cells) const;
+    /// score += score_term(cells), after the scale and before the mask. Leaf code: always inline, on simd.hpp alone.
+    ///     template <class V> INTERSTATE_INLINE V score_term(const Cells& cells) const;
     static constexpr bool term = false;
 
     /// Queries are changed as they are loaded: rows of dh numbers, `ld` apart and without the scale, become others in

@@ -131,7 +131,7 @@ struct OnlineSoftmax {
             INTERSTATE_UNROLL
             for (int n = 0; n < Vecs; ++n) {
                 A* at = column + r * tile_stride + n * V::lanes;
-                const V p = simd::exp(simd::load<V>(at) - largest[n]);
+                const V p = simd::exp_nonpositive(simd::load<V>(at) - largest[n]);
                 simd::store(at, p);
                 sum[n] = sum[n] + p;
             }
@@ -304,7 +304,7 @@ struct AddTerm {
                 at.query += first.query_lanes ? c : r;
                 at.key += first.query_lanes ? r : c;
                 A* to = tile + r * tile_stride + c;
-                simd::store(to, simd::load<V>(to) + policy.template term<V>(at));
+                simd::store(to, simd::load<V>(to) + policy.template score_term<V>(at));
             }
     }
 };
