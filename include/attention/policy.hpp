@@ -32,25 +32,25 @@ struct Cells {
 struct Plain {
     /// score += score_term(cells), after the scale and before the mask. Leaf code: always inline, on simd.hpp alone.
     ///     template <class V> INTERSTATE_INLINE V score_term(const Cells& cells) const;
-    static constexpr bool term = false;
+    static constexpr bool adds_term = false;
 
     /// Queries are changed as they are loaded: rows of dh numbers, `ld` apart and without the scale, become others in
     /// place; and their gradients, once complete, go back the same way. Each query row's gradient comes exactly once,
     /// in no order that may matter.
     ///     void transform(Isa, Index b, Index h, Index row, Index count, A* q, Index ld) const;
     ///     void transform_gradient(Isa, Index b, Index h, Index row, Index count, A* dq, Index ld) const;
-    static constexpr bool query = false;
+    static constexpr bool changes_query = false;
 
     /// score[i,j] += exp(g[i] - g[j]) C[i].B[j] with ds channels, g never increasing along a sequence (causal only).
     /// A load writes ds numbers a row; g is asked for by rows of the key axis. dC[i] and dB[j] come complete, each row
-    /// exactly once.
+    /// that belongs to a sequence exactly once.
     ///     Index channel_dim() const;
     ///     void load_c(Isa, Index b, Index h, Index row, Index count, A* to, Index ld) const;
     ///     void load_b(Isa, Index b, Index kv, Index row, Index count, A* to, Index ld) const;
     ///     void decay(Index b, Index kv, Index row, Index count, double* g) const;
     ///     void store_dc(Isa, Index b, Index h, Index row, Index count, const A* from, Index ld) const;
     ///     void store_db(Isa, Index b, Index kv, Index row, Index count, const A* from, Index ld) const;
-    static constexpr bool channels = false;
+    static constexpr bool has_channels = false;
 };
 
 }  // namespace attention

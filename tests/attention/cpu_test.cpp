@@ -658,7 +658,7 @@ double slope_of(Index head) { return 0.1 / double(head + 1); }
 
 /// ALiBi (arXiv 2108.12409): a head's score falls with the distance.
 struct Alibi : attention::Plain {
-    static constexpr bool term = true;
+    static constexpr bool adds_term = true;
     template <class V>
     INTERSTATE_INLINE V score_term(const attention::Cells& at) const {
         const V distance = at.distance<V>(), zero = simd::broadcast<V>(0);
@@ -669,7 +669,7 @@ struct Alibi : attention::Plain {
 /// All hooks: ALiBi, a query that is mirrored and scaled, and channels that decay.
 template <class A>
 struct Guest : Alibi {
-    static constexpr bool query = true, channels = true;
+    static constexpr bool changes_query = true, has_channels = true;
     View<const A, 4> C, B;    // (B, Lq, Hq, ds), (B, Lk, Hkv, ds)
     View<const double, 3> g;  // (B, Lk, Hkv)
     View<A, 4> dC, dB;

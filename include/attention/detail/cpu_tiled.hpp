@@ -736,13 +736,13 @@ struct TiledCall {
     A bias(Index h) const { return in.bias ? in.bias(h) : static_cast<A>(options.bias); }
     bool softmax() const { return options.score == Score::softmax; }
     Index channels() const {
-        if constexpr (Policy::channels) return policy.channel_dim();
+        if constexpr (Policy::has_channels) return policy.channel_dim();
         return 0;
     }
     Widths widths() const { return Widths(shape, channels()); }
     /// Whether a pass has to go through the queries for the gradients of their side.
-    bool wants_query_side() const { return static_cast<bool>(grads.q) || Policy::channels; }
-    bool wants_key_side() const { return static_cast<bool>(grads.k) || Policy::channels; }
+    bool wants_query_side() const { return static_cast<bool>(grads.q) || Policy::has_channels; }
+    bool wants_key_side() const { return static_cast<bool>(grads.k) || Policy::has_channels; }
 
     /// Rows [first, first + count) of head h, widened.
     template <class X>
@@ -753,7 +753,7 @@ struct TiledCall {
     }
     /// Rows of queries with the scale in them, and channels behind.
     void load_queries(Index b, Index h, Index row, Index count, A* to, Index ld) const {
-        if constexpr (Policy::query) {
+        if constexpr (Policy::changes_query) {
             load(in.q, b, row, h, count, A(1), to, ld);
             policy.transform(isa, b, h, row, count, to, ld);
             const A factor = scale();
@@ -762,7 +762,7 @@ struct TiledCall {
         } else {
             load(in.q, b, row, h, count, scale(), to, ld);
         }
-        if constexpr (Policy::channels) {
+        if constexpr (Policy::has_channels) {
             const Widths w = widths();
             for (Index r = 0; r < count; ++r)
                 for (Index d = w.channel; d < w.ld; ++d) to[r * ld + d] = A(0);
@@ -771,7 +771,7 @@ struct TiledCall {
     }
     void load_keys(Index b, Index kv, Index row, Index count, A* to, Index ld) const {
         load(in.k, b, row, kv, count, A(1), to, ld);
-        if constexpr (Policy::channels) {
+        if constexpr (Policy::has_channels) {
             const Widths w = widths();
             for (Index r = 0; r < count; ++r)
                 for (Index d = w.channel; d < w.ld; ++d) to[r * ld + d] = A(0);
@@ -781,7 +781,7 @@ struct TiledCall {
     /// Rows that a product can read where they lie, as its left operand; null where they must be loaded.
     template <class X>
     const A* in_place(const View<X, 4>& x, Index b, Index row, Index h, Index& ld) const {
-        if constexpr (std::is_same_v<T, A> && !Policy::channels)
+        if constexpr (std::is_same_v<T, A> && !Policy::has_channels)
             if (x.extent[3] > 0 && x.stride[3] == 1) {
                 ld = x.stride[1];
                 return &x(b, row, h, 0);
@@ -842,7 +842,7 @@ struct TiledCall {
     }
     /// The tile's scores += the term of the policy.
     void add_term(const Tile& tile, Index b, Index h, RowRange c, A* scores) const {
-        if constexpr (Policy::term) {
+        if constexpr (Policy::adds_term) {
             const Sequence& q = tile.sequence;
             const Cells first{b, h, q.key0, (tile.query_columns ? tile.outer : tile.inner) + q.offset(),
                               tile.query_columns ? tile.inner : tile.outer, tile.query_columns};
@@ -850,7 +850,7 @@ struct TiledCall {
         }
     }
     void decay(Index b, Index kv, Index row, Index count, double* g) const {
-        if constexpr (Policy::channels) {
+        if constexpr (Policy::has_channels) {
             policy.decay(b, kv, row, count, g);
             for (Index i = count; i < padded(count); ++i) g[i] = g[count - 1];
         }
@@ -873,7 +873,7 @@ struct TiledCall {
             const Index row = q.query0 + first + p * panel, n = count - p * panel < panel ? count - p * panel : panel;
             load_queries(b, h, row, n, s.rows, w.ld);
             transpose(s.rows, n, w.ld, s.outer_a + p * w.ld * panel);
-            if constexpr (Policy::channels) {
+            if constexpr (Policy::has_channels) {
                 const A* from = s.outer_a + (p * w.ld + w.channel) * panel;
                 A* to = s.channels_a + p * padded(w.channels) * panel;
                 for (Index x = 0; x < w.channels * panel; ++x) to[x] = from[x];
@@ -896,7 +896,7 @@ struct TiledCall {
             const Index soon = end - j - rows < inner_block ? end - j - rows : inner_block;
             double reference = 0;
             bool steep = false;
-            if constexpr (Policy::channels) {
+            if constexpr (Policy::has_channels) {
                 decay(b, kv, q.key0 + j, rows, s.inner_g);
                 reference = s.inner_g[rows - 1];
                 steep = !(s.inner_g[0] - reference <= steepest);
@@ -924,7 +924,7 @@ struct TiledCall {
                     A* const sum = s.sum_b + (p * panel + c0) * ldv;
                     const Running<A> running{s.running.largest + p * panel + c0, s.running.sum + p * panel + c0,
                                              s.running.shrink + p * panel + c0};
-                    if constexpr (Policy::channels) {
+                    if constexpr (Policy::has_channels) {
                         const A* from = s.channels_a + p * padded(w.channels) * panel + c0;
                         const double* g = s.outer_g + p * panel + c0;
                         if (steep) {
@@ -996,7 +996,7 @@ struct TiledCall {
         while (done < rows && q.keys_of(options, i + done).end <= last) ++done;
         A* at = s.sum_q;
         Index ld = w.ld;
-        if constexpr (Policy::channels)
+        if constexpr (Policy::has_channels)
             if (channel_factors) scale_channels(s.sum_q, w.ld, rows, channel_factors);
         if (begun > 0 || done < rows) {
             at = dq + ((b * shape.query_heads + h) * shape.queries + q.query0 + i) * w.ld;
@@ -1007,9 +1007,9 @@ struct TiledCall {
         }
         if (done == 0) return;
         const Index row = q.query0 + i;
-        if constexpr (Policy::channels) policy.store_dc(isa, b, h, row, done, static_cast<const A*>(at + w.channel), ld);
+        if constexpr (Policy::has_channels) policy.store_dc(isa, b, h, row, done, static_cast<const A*>(at + w.channel), ld);
         if (!grads.q) return;
-        if constexpr (Policy::query) {
+        if constexpr (Policy::changes_query) {
             for (Index r = 0; r < done; ++r)
                 for (Index d = 0; d < shape.head_dim; ++d) at[r * ld + d] *= factor;
             policy.transform_gradient(isa, b, h, row, done, at, ld);
@@ -1030,7 +1030,7 @@ struct TiledCall {
         double reference = 0;
         bool steep = false;
         load_keys(b, kv, q.key0 + first, count, s.outer_rows, ldk);
-        if constexpr (Policy::channels) {
+        if constexpr (Policy::has_channels) {
             decay(b, kv, q.key0 + first, count, s.outer_g);
             reference = s.outer_g[count - 1];
             steep = !(s.outer_g[0] - reference <= steepest);
@@ -1063,7 +1063,7 @@ struct TiledCall {
                 load(upstream.o, b, q.query0 + i, h, rows, A(1), s.inner_b, ldv);
                 load_statistics(b, h, q, i, rows, s.lse, s.minus);
                 A* query_factors = nullptr;
-                if constexpr (Policy::channels) {
+                if constexpr (Policy::has_channels) {
                     decay(b, kv, q.key0 + q.offset() + i, rows, s.inner_g);
                     if (!steep) {
                         query_factors = s.factors;
@@ -1092,7 +1092,7 @@ struct TiledCall {
                         A* const dq_rows = s.sum_q + r0 * ldk;
                         const Index channel = w.channel, ds = padded(w.channels);
                         products(left, ldk, steep ? shape.head_dim : w.score, keys, wide, tile.rows, s.tile);
-                        if constexpr (Policy::channels)
+                        if constexpr (Policy::has_channels)
                             if (steep) {
                                 products(left + channel, ldk, w.channels, keys + channel * panel, wide, tile.rows,
                                          s.channel_tile);
@@ -1115,7 +1115,7 @@ struct TiledCall {
                         if (wants_key_side()) accumulate<A>(isa, tile, range, masked, s.dtile, left, ldk, width, dk, ldk);
                         if (wants_query_side())
                             accumulate_rows<A>(isa, tile, range, masked, s.dtile, k, ldk, width, dq_rows, ldk);
-                        if constexpr (Policy::channels)
+                        if constexpr (Policy::has_channels)
                             if (steep) {
                                 simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.dtile),
                                                                 static_cast<const A*>(s.decay_tile), tile.rows, wide.begin,
@@ -1138,7 +1138,7 @@ struct TiledCall {
             turn.pass((g + 1) * tiles);
         }
         const A one(1);
-        if constexpr (Policy::channels) {
+        if constexpr (Policy::has_channels) {
             if (!steep) {
                 simd::run_body<DecayFactors<A>>(isa, static_cast<const double*>(s.outer_g), reference, -1.0, padded(count),
                                                 s.factors);
@@ -1225,19 +1225,6 @@ void tiled_forward(const cpu& exec, const Options& options, const Inputs<T>& in,
                 piece, gap);
 }
 
-/// dC or dB of rows that belong to no sequence.
-template <class A, class Policy>
-void zero_channels(Isa isa, const Policy& policy, bool queries, Index b, Index h, Index first, Index last) {
-    const A zeros[128] = {};
-    const Index ds = policy.channel_dim();
-    for (Index i = first; i < last; ++i) {
-        if (queries)
-            policy.store_dc(isa, b, h, i, Index{1}, zeros, ds);
-        else
-            policy.store_db(isa, b, h, i, Index{1}, zeros, ds);
-    }
-}
-
 template <class T, class Policy = Plain>
 void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out,
                     const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws, const Policy& policy = {}) {
@@ -1252,13 +1239,12 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in
     const Index blocks = ceil_div(s.keys, block_of(s.batch * s.kv_heads, s.keys));
     for (Index x = 0; x < s.batch * s.kv_heads * blocks; ++x) shared.progress[x] = 0;
 
-    // Rows of queries that belong to no sequence, or have no key to bring them a gradient, are zero.
+    // Rows that belong to no sequence are zero. (Every other query reads a key.)
     const auto delta = [&](Index b, Index h, Index, const Sequence& q, Index first, Index last, const Scratch& w) {
         if (call.softmax()) call.delta_piece(b, h, q, first, last, w);
     };
     const auto zero_q = [&](Index b, Index h, Index first, Index last) {
         if (grads.q) call.store_zero(grads.q, b, first, last, h);
-        if constexpr (Policy::channels) zero_channels<A>(exec.isa, policy, true, b, h, first, last);
     };
     const auto keys = [&](Index b, Index kv, Index block, const Sequence& q, Index first, Index last, const Scratch& w) {
         Index* own = shared.progress + (b * s.kv_heads + kv) * blocks + block;
@@ -1268,7 +1254,6 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in
     const auto zero_kv = [&](Index b, Index kv, Index first, Index last) {
         if (grads.k) call.store_zero(grads.k, b, first, last, kv);
         if (grads.v) call.store_zero(grads.v, b, first, last, kv);
-        if constexpr (Policy::channels) zero_channels<A>(exec.isa, policy, false, b, kv, first, last);
     };
     if (call.wants_query_side() || call.wants_key_side())
         tiled_tasks(exec, call, ws, pass::backward, s.query_heads, s.queries, false, delta, zero_q);
