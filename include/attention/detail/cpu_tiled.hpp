@@ -765,7 +765,7 @@ struct TiledCall {
         if constexpr (Policy::has_channels) {
             const Widths w = widths();
             for (Index r = 0; r < count; ++r)
-                for (Index d = w.channel; d < w.ld; ++d) to[r * ld + d] = A(0);
+                for (Index d = w.channel + w.channels; d < w.ld; ++d) to[r * ld + d] = A(0);
             policy.load_c(isa, b, h, row, count, to + w.channel, ld);
         }
     }
@@ -774,7 +774,7 @@ struct TiledCall {
         if constexpr (Policy::has_channels) {
             const Widths w = widths();
             for (Index r = 0; r < count; ++r)
-                for (Index d = w.channel; d < w.ld; ++d) to[r * ld + d] = A(0);
+                for (Index d = w.channel + w.channels; d < w.ld; ++d) to[r * ld + d] = A(0);
             policy.load_b(isa, b, kv, row, count, to + w.channel, ld);
         }
     }

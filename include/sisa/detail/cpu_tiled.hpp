@@ -85,6 +85,8 @@ struct CosSin {
 template <class T>
 struct RotateRows {
     using A = acc_t<T>;
+    using Pairs = simd::Vec<A, 16>;
+    using Half = simd::Vec<A, 8>;
     template <class Set>
     static INTERSTATE_INLINE void run(const T* x, Index row_stride, Index step, Index rows, Index pairs, const A* cosine,
                                       const A* sine, A* to) {
@@ -92,7 +94,17 @@ struct RotateRows {
             const T* from = x + r * row_stride;
             const A *c = cosine + r * pairs, *s = sine + r * pairs;
             A* out = to + 2 * r * pairs;
-            for (Index n = 0; n < pairs; ++n) {
+            Index n = 0;
+            if (step == 1)
+                for (; n + 8 <= pairs; n += 8) {
+                    const Pairs x = simd::load_as<Pairs>(from + 2 * n);
+                    const Half even{__builtin_shufflevector(x.v, x.v, 0, 2, 4, 6, 8, 10, 12, 14)};
+                    const Half odd{__builtin_shufflevector(x.v, x.v, 1, 3, 5, 7, 9, 11, 13, 15)};
+                    const Half cosines = simd::load<Half>(c + n), sines = simd::load<Half>(s + n);
+                    simd::store(out + n, even * cosines - odd * sines);
+                    simd::store(out + pairs + n, even * sines + odd * cosines);
+                }
+            for (; n < pairs; ++n) {
                 const A even = static_cast<A>(from[2 * n * step]), odd = static_cast<A>(from[(2 * n + 1) * step]);
                 out[n] = even * c[n] - odd * s[n];
                 out[pairs + n] = even * s[n] + odd * c[n];
