@@ -67,6 +67,12 @@ std::string beyond(const Case& c, const Case& got, const Case& want, double more
     return list;
 }
 
+/// Fills a row of the second axis.
+void fill_row(HostTensor& x, Index row, double value) {
+    const std::size_t width = x.values.size() / static_cast<std::size_t>(x.extent[0] * x.extent[1]);
+    std::fill_n(x.values.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(row) * width), width, value);
+}
+
 template <class T>
 void expect_close(const Case& c, const Options& options, const std::vector<Isa>& instruction_sets, RunOptions run = {},
                   double more = 0.0) {
@@ -164,6 +170,30 @@ TEST(SisaCpu, NaNDoesNotLeaveItsSequence) {
                     EXPECT_EQ(x.values[i], dirty.tensors[name].values[i]) << name << i;
                 } else if (row < 10 || row >= 180) {
                     EXPECT_EQ(dirty.tensors[name].values[i], 0.0) << name << i;
+                }
+            }
+        }
+    }
+}
+
+TEST(SisaCpu, NaNDoesNotReachEarlierTokens) {
+    // All of token 100 is NaN. What reads it is NaN, as in the reference; what does not is as close to the truth as ever.
+    for (const Options& o : {Options{}, Options{.window = 30}, Options{.score = Score::sigmoid}}) {
+        Case c = make({.queries = 200, .keys = 200, .query_heads = 2, .kv_heads = 2, .softmax = o.score == Score::softmax}, 6);
+        for (auto& [name, x] : c.tensors)
+            if (name != "lam") fill_row(x, 100, NAN);
+        Case want;
+        ASSERT_TRUE((run_case<Operator, double, double>(reference{}, o, c, want).ok()));
+        for (const Isa isa : isas()) {
+            Case got;
+            ASSERT_TRUE((run_case<Operator, float, float>(cpu{.isa = isa}, o, c, got).ok()));
+            for (const char* name : {"out.o", "grad.q", "grad.C"}) {
+                const std::vector<double>&x = got.tensors[name].values, &y = want.tensors[name].values;
+                for (std::size_t i = 0; i < y.size(); ++i) {
+                    ASSERT_EQ(std::isnan(x[i]), std::isnan(y[i])) << name << " " << i;
+                    if (!std::isnan(y[i])) {
+                        ASSERT_NEAR(x[i], y[i], 1e-4) << name << " " << i;
+                    }
                 }
             }
         }

@@ -1120,6 +1120,7 @@ struct TiledCall {
                                 simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.dtile),
                                                                 static_cast<const A*>(s.decay_tile), tile.rows, wide.begin,
                                                                 wide.end, false, s.channel_tile);
+                                if (masked) tile.fill_masked(s.channel_tile, range, A(0));  // the decay may be NaN there
                                 accumulate<A>(isa, tile, range, masked, s.channel_tile, left + channel, ldk, ds, dk + channel,
                                               ldk);
                                 accumulate_rows<A>(isa, tile, range, masked, s.channel_tile, k + channel, ldk, ds,
