@@ -134,6 +134,11 @@ TEST(SisaCpu, EveryDecay) {
     // The reference sums between tokens; kernels subtract prefixes, and a double near -1000 n has steps of 1e-13 n.
     expect_close<f64>(c, {}, isas(), {}, 6e-13);
     expect_close<f32>(c, {}, isas());
+    // No pair has decay across a reset, or the first token between its two: those gradients are exactly zero.
+    Case got;
+    ASSERT_TRUE((run_case<Operator, float, float>(cpu{}, {}, c, got).ok()));
+    for (const std::size_t t : {0, 20, 21, 64, 100, 128}) EXPECT_EQ(got.tensors["grad.log_alpha"].values[t], 0.0) << t;
+    for (const std::size_t n : {0, 1}) EXPECT_EQ(got.tensors["grad.theta"].values[n], 0.0);
 }
 
 TEST(SisaCpu, SameBitsForAnyNumberOfThreads) {
