@@ -17,7 +17,7 @@ namespace attention {
 inline std::size_t saved_size(const cpu&, const Options&, const Shape&) { return 0; }
 
 /// Bytes of scratch memory for a pass, for exec.threads threads (0: as many as OpenMP has now). It does
-/// not grow with the length, but for one accumulator a query in backward.
+/// not grow with the length, but in backward for dh + 1 accumulators a query.
 inline std::size_t workspace_size(const cpu& exec, const Options&, const Shape& shape, pass which) {
     return detail::tiled_workspace_size(exec, shape, which);
 }

@@ -1,4 +1,4 @@
-// SISA, public: the executor `reference`. Equations, shapes and units: docs/ops/sisa.md.
+// SISA, public: the executors `reference` and `cpu`. Equations, shapes and units: docs/ops/sisa.md.
 //
 //     Workspace ws{memory, sisa::workspace_size(exec, options, shape, pass::forward)};
 //     Status status = sisa::forward(exec, options, in, out, Saved{}, ws);
@@ -14,5 +14,87 @@
 // Source: SISA, arXiv 2606.02332; the mode `exact` is ours.
 #pragma once
 
+#include <sisa/detail/cpu_step.hpp>
+#include <sisa/detail/cpu_tiled.hpp>
 #include <sisa/params.hpp>
 #include <sisa/reference.hpp>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace sisa {
+
+/// Bytes of `Saved`: none, o and lse are all that backward needs.
+inline std::size_t saved_size(const cpu&, const Options&, const Shape&) { return 0; }
+
+/// Bytes of scratch memory for a pass, for exec.threads threads (0: as many as OpenMP has now): that of attention, and
+/// the rotated channels, cosines, sines and sums of all tokens.
+inline std::size_t workspace_size(const cpu& exec, const Options&, const Shape& shape, pass which) {
+    return which == pass::step ? detail::step_workspace_size(exec, shape) : detail::tiled_workspace_size(exec, shape, which);
+}
+
+inline KernelChoice which_kernel(const cpu& exec, const Options&, const Shape&) {
+    const bool chosen = exec.isa == Isa::automatic;
+    const char* reason = chosen ? "the best instruction set of this machine; any shape, strides and options"
+                                : "the instruction set that was asked for; any shape, strides and options";
+    switch (simd::resolve(exec.isa)) {
+        case Isa::avx512: return {"sisa.cpu.tiled.avx512", reason};
+        case Isa::avx2: return {"sisa.cpu.tiled.avx2", reason};
+        default: return {"sisa.cpu.tiled.baseline", reason};
+    }
+}
+
+/// o and, for softmax, lse (eq. 1 to 12). Any strides; sums are double for f64 and float for all others, g and Phi double.
+///
+/// Errors, before anything is written: invalid_argument (options, shapes, null views, cu_seqlens), unsupported (an
+/// instruction set that this machine lacks), workspace_too_small.
+template <class T, class P>
+Status forward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved,
+               Workspace ws) {
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
+    INTERSTATE_RETURN_IF_ERROR(validate(options, in, out));
+    const Shape shape = shape_of(in);
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.keys));
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
+    detail::tiled_forward(exec, options, in, out, ws);
+    return {};
+}
+
+/// The gradients whose views are not null (eq. 13 to 25), overwritten. Softmax reads out.o and out.lse. Errors as in
+/// forward.
+template <class T, class P>
+Status backward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved,
+                const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
+    INTERSTATE_RETURN_IF_ERROR(validate(options, in, out, upstream, grads));
+    const Shape shape = shape_of(in);
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.keys));
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
+    detail::tiled_backward(exec, options, in, out, upstream, grads, ws);
+    return {};
+}
+
+/// Adds n tokens of a prompt to the cache: that of the reference, which is a pass over memory.
+template <class T, class P>
+Status append(const cpu& requested, const Options& options, const State<T>& state, const Keys<T, P>& keys) {
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
+    return append(reference{}, options, state, keys);
+}
+
+/// One token for every batch row against the cache (eq. 26): the last row of forward over state.length + 1 keys. Errors
+/// as in forward, and invalid_argument when the cache is full.
+template <class T, class P>
+Status step(const cpu& requested, const Options& options, const Params<P>& params, const State<T>& state,
+            const Token<T, P>& token, const TokenOut<T>& out, Workspace ws) {
+    cpu exec;
+    INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, token, out));
+    const Shape shape = shape_of(state, token);
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::step)));
+    detail::cached_step(exec, options, params, state, token, out, ws);
+    return {};
+}
+
+}  // namespace sisa
+}  // namespace interstate::inline INTERSTATE_ABI

@@ -159,6 +159,11 @@ TYPED_TEST(AttentionCpu, MatchesTheReference) {
         {{.Lq = 40, .Lk = 40, .dh = 8, .dv = 8, .cu = {7}}, causal},
         {{.Lq = 70, .Lk = 70, .dh = 0, .dv = 5}, causal},
         {{.Lq = 70, .Lk = 70, .dh = 5, .dv = 0}, causal},
+        // Heads enough for blocks of 256 and of 128 rows.
+        {{.B = 2, .Lq = 270, .Lk = 270, .Hq = 32, .Hkv = 16, .dh = 4, .dv = 4}, causal},
+        {{.B = 2, .Lq = 190, .Lk = 270, .Hq = 32, .Hkv = 16, .dh = 3, .dv = 4}, {.window = 150}},
+        {{.Lq = 270, .Lk = 270, .Hq = 24, .Hkv = 24, .dh = 4, .dv = 4}, band},
+        {{.Lq = 600, .Lk = 600, .Hq = 32, .Hkv = 32, .dh = 4, .dv = 4, .cu = {5, 270, 271, 590}}, causal},
     };
     for (const Problem& p : problems) {
         SCOPED_TRACE(describe(p.sizes, p.options));
@@ -181,7 +186,8 @@ TYPED_TEST(AttentionCpu, SameBitsForAnyNumberOfThreads) {
     for (const Options& o : {causal, band, sigmoid})
         for (const Sizes& s :
              {Sizes{.B = 2, .Lq = 150, .Lk = 190, .Hq = 4, .Hkv = 2, .dh = 16, .dv = 16},
-              Sizes{.Lq = 280, .Lk = 280, .Hq = 4, .Hkv = 1, .dh = 16, .dv = 16, .cu = {1, 90, 279}}}) {
+              Sizes{.Lq = 280, .Lk = 280, .Hq = 4, .Hkv = 1, .dh = 16, .dv = 16, .cu = {1, 90, 279}},
+              Sizes{.B = 8, .Lq = 530, .Lk = 530, .Hq = 8, .Hkv = 4, .dh = 8, .dv = 8}}) {
             Case<TypeParam> one(s, o), many(s, o);
             run(cpu{.threads = 1}, one);
             for (const int threads : {1, 2, 3, 5}) {
@@ -644,6 +650,229 @@ void check_narrowing() {
 TEST(SimdStoreAs, RoundsAsTheScalarConversion) {
     check_narrowing<f16>();
     check_narrowing<bf16>();
+}
+
+// ---- Policies --------------------------------------------------------------------------------------
+
+double slope_of(Index head) { return 0.1 / double(head + 1); }
+
+/// ALiBi (arXiv 2108.12409): a head's score falls with the distance.
+struct Alibi : attention::Plain {
+    static constexpr bool adds_term = true;
+    template <class V>
+    INTERSTATE_INLINE V score_term(const attention::Cells& at) const {
+        const V distance = at.distance<V>(), zero = simd::broadcast<V>(0);
+        return simd::broadcast<V>(-0.1 / double(at.head + 1)) * simd::max(distance, zero - distance);
+    }
+};
+
+/// All hooks: ALiBi, a query that is mirrored and scaled, and channels that decay.
+template <class A>
+struct Guest : Alibi {
+    static constexpr bool changes_query = true, has_channels = true;
+    View<const A, 4> C, B;    // (B, Lq, Hq, ds), (B, Lk, Hkv, ds)
+    View<const double, 3> g;  // (B, Lk, Hkv)
+    View<A, 4> dC, dB;
+    static void mirror(Index head, Index count, Index dim, A* q, Index ld) {
+        for (Index r = 0; r < count; ++r)
+            for (Index d = 0; d < (dim + 1) / 2; ++d) {
+                const A left = q[r * ld + d], right = q[r * ld + dim - 1 - d], factor = A(1) + A(0.25) * A(head);
+                q[r * ld + d] = right * factor, q[r * ld + dim - 1 - d] = left * factor;
+            }
+    }
+    Index dim = 0;
+    void transform(Isa, Index, Index h, Index, Index count, A* q, Index ld) const { mirror(h, count, dim, q, ld); }
+    void transform_gradient(Isa, Index, Index h, Index, Index count, A* dq, Index ld) const {
+        mirror(h, count, dim, dq, ld);  // the mirror is its own transpose
+    }
+    Index channel_dim() const { return C.extent[3]; }
+    static void copy(const View<const A, 4>& x, Index b, Index h, Index row, Index count, A* to, Index ld) {
+        for (Index r = 0; r < count; ++r)
+            for (Index d = 0; d < x.extent[3]; ++d) to[r * ld + d] = x(b, row + r, h, d);
+    }
+    static void add(const View<A, 4>& x, Index b, Index h, Index row, Index count, const A* from, Index ld) {
+        for (Index r = 0; r < count; ++r)
+            for (Index d = 0; d < x.extent[3]; ++d) x(b, row + r, h, d) += from[r * ld + d];  // from zero: once a row
+    }
+    void load_c(Isa, Index b, Index h, Index row, Index n, A* to, Index ld) const { copy(C, b, h, row, n, to, ld); }
+    void load_b(Isa, Index b, Index h, Index row, Index n, A* to, Index ld) const { copy(B, b, h, row, n, to, ld); }
+    void decay(Index b, Index kv, Index row, Index count, double* to) const {
+        for (Index r = 0; r < count; ++r) to[r] = g(b, row + r, kv);
+    }
+    void store_dc(Isa, Index b, Index h, Index row, Index n, const A* x, Index ld) const { add(dC, b, h, row, n, x, ld); }
+    void store_db(Isa, Index b, Index h, Index row, Index n, const A* x, Index ld) const { add(dB, b, h, row, n, x, ld); }
+};
+
+/// A case with what a policy adds, and the same by plain loops.
+template <class T>
+struct PolicyCase : Case<T> {
+    using A = acc_t<T>;
+    Index ds = 0;
+    bool mirrored = false;
+    std::vector<A> C, B, dC, dB;
+    std::vector<double> g;
+
+    PolicyCase(const Sizes& s, const Options& o, Index channels, double steepness) : Case<T>(s, o, 3), ds(channels) {
+        std::mt19937 random(7);
+        const auto fill = [&](std::vector<A>& x, Index n) {
+            for (Index i = 0; i < n; ++i) x.push_back(A(float(double(random()) / 2147483648.0 - 1.0)));
+        };
+        fill(C, s.B * s.Lq * s.Hq * ds), fill(B, s.B * s.Lk * s.Hkv * ds);
+        dC.assign(C.size(), A(0)), dB.assign(B.size(), A(0));
+        g.resize(std::size_t(s.B * s.Lk * s.Hkv));
+        for (std::size_t i = 0; i < g.size(); ++i) {
+            g[i] = (i < std::size_t(s.Hkv) ? 0.0 : g[i - std::size_t(s.Hkv)]) - steepness * double(random()) / 4294967296.0;
+            if (steepness > 1 && random() % 50 == 0) g[i] -= 1000;
+        }
+    }
+    Guest<A> guest() {
+        const Sizes& s = this->sizes;
+        Guest<A> x;
+        x.C = view(static_cast<const A*>(C.data()), {s.B, s.Lq, s.Hq, ds});
+        x.B = view(static_cast<const A*>(B.data()), {s.B, s.Lk, s.Hkv, ds});
+        x.g = view(static_cast<const double*>(g.data()), {s.B, s.Lk, s.Hkv});
+        x.dC = view(dC.data(), {s.B, s.Lq, s.Hq, ds}), x.dB = view(dB.data(), {s.B, s.Lk, s.Hkv, ds});
+        x.dim = s.dh;
+        return x;
+    }
+    template <class Policy>
+    void run(const cpu& requested, const Policy& policy) {
+        cpu exec;
+        ASSERT_TRUE(resolve(requested, exec).ok());
+        std::fill(dC.begin(), dC.end(), A(0)), std::fill(dB.begin(), dB.end(), A(0));
+        const attention::Shape shape = attention::shape_of(this->in());
+        Memory f(attention::detail::tiled_workspace_size(exec, shape, pass::forward, ds));
+        Memory b(attention::detail::tiled_workspace_size(exec, shape, pass::backward, ds));
+        attention::detail::tiled_forward(exec, this->options, this->in(), this->out(), f.ws, policy);
+        attention::detail::tiled_backward(exec, this->options, this->in(), this->out(), this->upstream(), this->grads(), b.ws,
+                                          policy);
+    }
+    /// The same in the order of the formulas; for T = double.
+    void plain_loops() {
+        const Sizes& s = this->sizes;
+        const auto in = this->in();
+        const auto up = this->upstream();
+        const auto o = this->out();
+        const auto d = this->grads();
+        for (auto* x : {&this->o, &this->dq, &this->dk, &this->dv, &this->lse, &dC, &dB}) std::fill(x->begin(), x->end(), 0.0);
+        const Guest<double> policy = guest();
+        const double scale = attention::scale_of(this->options, s.dh);
+        std::vector<double> q(std::size_t(s.dh)), dq(q), p(std::size_t(s.Lk)), dp(p);
+        const Index sequences = s.cu.empty() ? s.B : Index(s.cu.size()) - 1;
+        for (Index n = 0; n < sequences; ++n)
+            for (Index h = 0; h < s.Hq; ++h) {
+                const Index b = s.cu.empty() ? n : 0, kv = h / (s.Hq / s.Hkv);
+                const Index key0 = s.cu.empty() ? 0 : s.cu[std::size_t(n)], Lk = s.cu.empty() ? s.Lk : s.cu[std::size_t(n) + 1] - key0;
+                const Index Lq = s.cu.empty() ? s.Lq : Lk;
+                for (Index i = 0; i < Lq; ++i) {
+                    const Index t = i + Lk - Lq, row = key0 + i;
+                    const RowRange read = attention::keys_read(this->options, t, Lk);
+                    const auto load = [&](std::vector<double>& to, const auto& from) {
+                        for (Index x = 0; x < s.dh; ++x)
+                            to[std::size_t(x)] = mirrored ? from(s.dh - 1 - x) * (1 + 0.25 * double(h)) : from(x);
+                    };
+                    load(q, [&](Index x) { return in.q(b, row, h, x); });
+                    const auto decayed = [&](Index j) { return std::exp(g[std::size_t((b * s.Lk + key0 + t) * s.Hkv + kv)] - g[std::size_t((b * s.Lk + key0 + j) * s.Hkv + kv)]); };
+                    double sum = 0;
+                    for (Index j = read.begin; j < read.end; ++j) {
+                        double score = 0, extra = 0;
+                        for (Index x = 0; x < s.dh; ++x) score += q[std::size_t(x)] * in.k(b, key0 + j, kv, x);
+                        for (Index x = 0; x < ds; ++x) extra += policy.C(b, row, h, x) * policy.B(b, key0 + j, kv, x);
+                        score = score * scale - slope_of(h) * std::abs(double(t - j)) + (ds > 0 ? extra * decayed(j) : 0.0);
+                        sum += p[std::size_t(j)] = this->softmax() ? std::exp(score) : 1 / (1 + std::exp(-score - this->options.bias));
+                    }
+                    if (this->softmax()) o.lse(b, row, h) = std::log(sum);
+                    double delta = 0;
+                    for (Index j = read.begin; j < read.end; ++j) {
+                        double& w = p[std::size_t(j)];
+                        if (this->softmax()) w /= sum;
+                        dp[std::size_t(j)] = 0;
+                        for (Index x = 0; x < s.dv; ++x) {
+                            o.o(b, row, h, x) += w * in.v(b, key0 + j, kv, x);
+                            d.v(b, key0 + j, kv, x) += w * up.o(b, row, h, x);
+                            dp[std::size_t(j)] += up.o(b, row, h, x) * in.v(b, key0 + j, kv, x);
+                        }
+                        delta += w * dp[std::size_t(j)];
+                    }
+                    std::fill(dq.begin(), dq.end(), 0.0);
+                    for (Index j = read.begin; j < read.end; ++j) {
+                        const double w = p[std::size_t(j)], e = dp[std::size_t(j)];
+                        const double dscore = this->softmax() ? w * (e - delta + up.lse(b, row, h)) : w * (1 - w) * e;
+                        for (Index x = 0; x < s.dh; ++x) {
+                            dq[std::size_t(x)] += scale * dscore * in.k(b, key0 + j, kv, x);
+                            d.k(b, key0 + j, kv, x) += scale * dscore * q[std::size_t(x)];
+                        }
+                        for (Index x = 0; x < ds; ++x) {
+                            policy.dC(b, row, h, x) += dscore * decayed(j) * policy.B(b, key0 + j, kv, x);
+                            policy.dB(b, key0 + j, kv, x) += dscore * decayed(j) * policy.C(b, row, h, x);
+                        }
+                    }
+                    std::vector<double> back(dq);
+                    load(back, [&](Index x) { return dq[std::size_t(x)]; });
+                    for (Index x = 0; x < s.dh; ++x) d.q(b, row, h, x) = back[std::size_t(x)];
+                }
+            }
+    }
+    template <class U>
+    void expect_close(const PolicyCase<U>& want) const {
+        EXPECT_LE(error(this->o, want.o), tolerance<T>);
+        EXPECT_LE(error(this->dq, want.dq), tolerance<T>);
+        EXPECT_LE(error(this->dk, want.dk), tolerance<T>);
+        EXPECT_LE(error(this->dv, want.dv), tolerance<T>);
+        EXPECT_LE(error(dC, want.dC), tolerance<T>);
+        EXPECT_LE(error(dB, want.dB), tolerance<T>);
+        if (this->softmax()) {
+            EXPECT_LE(error(this->lse, want.lse), tolerance<T>);
+        }
+    }
+};
+
+template <class T>
+class AttentionPolicy : public testing::Test {};
+using PolicyTypes = testing::Types<f64, f32>;
+TYPED_TEST_SUITE(AttentionPolicy, PolicyTypes, TypeName);
+
+const std::vector<Sizes> policy_sizes = {
+    {.B = 2, .Lq = 193, .Lk = 193, .Hq = 4, .Hkv = 2, .dh = 24, .dv = 40},
+    {.Lq = 70, .Lk = 150, .Hq = 2, .Hkv = 1, .dh = 5, .dv = 7},
+    {.B = 2, .Lq = 270, .Lk = 270, .Hq = 16, .Hkv = 16, .dh = 4, .dv = 4},
+    {.Lq = 260, .Lk = 260, .Hq = 2, .Hkv = 1, .dh = 16, .dv = 16, .cu = {0, 3, 3, 200, 260}},
+};
+
+TYPED_TEST(AttentionPolicy, AlibiMatchesPlainLoops) {
+    for (const Options& o : {causal, bidirectional, windowed, band, sigmoid})
+        for (const Sizes& s : policy_sizes) {
+            SCOPED_TRACE(describe(s, o));
+            PolicyCase<double> truth(s, o, 0, 0);
+            truth.plain_loops();
+            for (const Isa isa : test::isas()) {
+                SCOPED_TRACE(to_string(isa));
+                PolicyCase<TypeParam> c(s, o, 0, 0);
+                c.run(cpu{.threads = 2, .isa = isa}, Alibi{});
+                c.expect_close(truth);
+            }
+        }
+}
+
+TYPED_TEST(AttentionPolicy, AllHooksMatchPlainLoops) {
+    // Decays that factors can carry, that no factor can, and hard resets among both.
+    for (const double steepness : {0.02, 0.4, 9.0})
+        for (const Options& o : {causal, windowed, sigmoid})
+            for (const Sizes& s : policy_sizes) {
+                SCOPED_TRACE(describe(s, o));
+                SCOPED_TRACE(steepness);
+                PolicyCase<double> truth(s, o, 6, steepness);
+                truth.mirrored = true;
+                truth.plain_loops();
+                for (const Isa isa : test::isas()) {
+                    SCOPED_TRACE(to_string(isa));
+                    PolicyCase<TypeParam> c(s, o, 6, steepness), many = c;
+                    c.run(cpu{.threads = 1, .isa = isa}, c.guest());
+                    c.expect_close(truth);
+                    many.run(cpu{.threads = 3, .isa = isa}, many.guest());
+                    EXPECT_TRUE(same_bits(c.dq, many.dq) && same_bits(c.dC, many.dC) && same_bits(c.dB, many.dB));
+                }
+            }
 }
 
 }  // namespace

@@ -83,6 +83,7 @@ struct Gemm {
     static INTERSTATE_INLINE void panel(const Args& g, Index n0) {
         Index m = 0;
         for (; m + 6 <= g.M; m += 6) block<Set, 6, Vecs>(g, m, n0);
+        for (; m + 4 <= g.M; m += 4) block<Set, 4, Vecs>(g, m, n0);
         for (; m + 2 <= g.M; m += 2) block<Set, 2, Vecs>(g, m, n0);
         if (m < g.M) block<Set, 1, Vecs>(g, m, n0);
     }

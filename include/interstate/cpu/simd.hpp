@@ -256,6 +256,38 @@ INTERSTATE_INLINE Vec<double, N> exp(const Vec<double, N>& x0) {
     return p + p;
 }
 
+/// exp(x) for x <= 0 or NaN, the difference of a score to the largest one: the bits of exp for less work. What would be
+/// below about 2^-126 (float) is 0.
+template <int N>
+INTERSTATE_INLINE Vec<float, N> exp_nonpositive(const Vec<float, N>& x0) {
+    using V = Vec<float, N>;
+    using Int = typename V::int_type;
+    const V x = max(broadcast<V>(-88.0f), x0);
+    const V shifter = broadcast<V>(12582912.0f);
+    const V t = fma(x, broadcast<V>(1.44269504088896341f), shifter);
+    const V n = t - shifter;
+    V r = fnma(n, broadcast<V>(0.693359375f), x);
+    r = fnma(n, broadcast<V>(-2.12194440e-4f), r);
+    V p = broadcast<V>(1.9875691500e-4f);
+    p = fma(p, r, broadcast<V>(1.3981999507e-3f));
+    p = fma(p, r, broadcast<V>(8.3334519073e-3f));
+    p = fma(p, r, broadcast<V>(4.1665795894e-2f));
+    p = fma(p, r, broadcast<V>(1.6666665459e-1f));
+    p = fma(p, r, broadcast<V>(5.0000001201e-1f));
+    p = fma(p, r * r, r) + broadcast<V>(1.0f);
+    // 2^n: n = 0 at most, and n = -127 gives zero.
+    Int e;
+    std::memcpy(&e, &t.v, sizeof e);
+    e = (e - 0x4b400000 + 127) << 23;
+    V scale;
+    std::memcpy(&scale.v, &e, sizeof e);
+    return p * scale;
+}
+template <int N>
+INTERSTATE_INLINE Vec<double, N> exp_nonpositive(const Vec<double, N>& x) {
+    return exp(x);
+}
+
 namespace detail {
 template <class T, int N, int... I>
 INTERSTATE_INLINE Vec<T, N> interleave_sum(const Vec<T, N>& a, const Vec<T, N>& b,

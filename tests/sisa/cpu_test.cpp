@@ -1,0 +1,293 @@
+// SISA on the CPU against the float64 reference: every mode, dtype, instruction set and option, lengths around the
+// tiles, decays from none to hard resets, packed sequences, layouts, steps, and the same bits for any number of threads.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+
+#include <sisa/sisa.hpp>
+
+#include "../support/isas.hpp"
+#include "sisa_cases.hpp"
+
+namespace interstate::test {
+namespace {
+
+using sisa::Mode;
+using sisa::Operator;
+using sisa::Options;
+using sisa::Score;
+
+template <class T>
+constexpr double tolerance = std::is_same_v<T, double> ? 1e-12 : 1e-5;
+
+/// sqrt(sum over rows of (|x| |d|)^2), rows of the last axis.
+double terms(const Case& c, const Case& truth, const char* x, const char* d) {
+    if (!c.tensors.contains(x)) return 0.0;
+    const HostTensor &a = c.tensors.at(x), &b = truth.tensors.at(d);
+    const std::size_t width = static_cast<std::size_t>(a.extent.back());
+    double sum = 0.0;
+    for (std::size_t r = 0; width > 0 && r < a.values.size(); r += width) {
+        double aa = 0.0, bb = 0.0;
+        for (std::size_t i = r; i < r + width; ++i) aa += a.values[i] * a.values[i], bb += b.values[i] * b.values[i];
+        sum += aa * bb;
+    }
+    return std::sqrt(sum);
+}
+double norm(const HostTensor& x) {
+    double sum = 0.0;
+    for (const double v : x.values) sum += v * v;
+    return std::sqrt(sum);
+}
+
+/// Names of tensors that are too far from the truth. Sums over all that dC and dB make, whose terms cancel (eq. 22 and 23;
+/// docs/ops/sisa.md, "The same in linear time"), are held to the size of their terms. 16-bit storage: sums are float
+/// and no operand is rounded again, so that beside float's own error there is the rounding of the result, and in backward
+/// that of the o that forward stored.
+template <class T>
+std::string beyond(const Case& c, const Case& got, const Case& want, double more) {
+    std::string list;
+    for (const auto& [name, truth] : want.tensors) {
+        const auto found = got.tensors.find(name);
+        if (found == got.tensors.end()) return "no " + name;
+        double allowed = tolerance<T> + more;
+        if (sizeof(T) == 2 && name != "out.lse") allowed += 1.01 * rounding_floor<T>(truth);
+        if (sizeof(T) == 2 && name.starts_with("grad.")) allowed += std::is_same_v<T, f16> ? 1e-3 : 8e-3;
+        double scale = norm(truth);
+        if (name == "grad.log_alpha" || name == "grad.theta" || name == "grad.lam")
+            scale += terms(c, want, "C", "grad.C") + terms(c, want, "B", "grad.B");
+        double error = 0.0;
+        for (std::size_t i = 0; i < truth.values.size(); ++i) {
+            const double e = truth.values[i] == found->second.values[i] ? 0.0 : truth.values[i] - found->second.values[i];
+            error += e * e;
+        }
+        error = std::sqrt(error);
+        if (!(error <= allowed * scale)) list += name + " " + std::to_string(error / scale / allowed) + " times allowed  ";
+    }
+    return list;
+}
+
+/// Fills a row of the second axis.
+void fill_row(HostTensor& x, Index row, double value) {
+    const std::size_t width = x.values.size() / static_cast<std::size_t>(x.extent[0] * x.extent[1]);
+    std::fill_n(x.values.begin() + static_cast<std::ptrdiff_t>(static_cast<std::size_t>(row) * width), width, value);
+}
+
+template <class T>
+void expect_close(const Case& c, const Options& options, const std::vector<Isa>& instruction_sets, RunOptions run = {},
+                  double more = 0.0) {
+    using P = param_t<T>;
+    const Case in = rounded<Operator, T, P>(c);
+    Case want;
+    ASSERT_TRUE((run_case<Operator, double, double>(reference{}, options, in, want).ok()));
+    for (const Isa isa : instruction_sets) {
+        SCOPED_TRACE(to_string(isa));
+        Case got;
+        const Status status = run_case<Operator, T, P>(cpu{.threads = 2, .isa = isa}, options, in, got, run);
+        ASSERT_TRUE(status.ok()) << status.message();
+        EXPECT_EQ(beyond<T>(in, got, want, more), "") << to_string(dtype_of<T>);
+    }
+}
+void expect_close_in_every_dtype(const SisaCase& s, Options options, RunOptions run = {}, std::uint64_t seed = 3) {
+    SisaCase o = s;
+    o.softmax = options.score == Score::softmax;
+    const Case c = make(o, seed);
+    expect_close<f64>(c, options, isas(), run);
+    expect_close<f32>(c, options, isas(), run);
+    expect_close<f16>(c, options, {Isa::automatic}, run);
+    expect_close<bf16>(c, options, {Isa::automatic}, run);
+}
+
+TEST(SisaCpu, EveryOptionMatchesTheReference) {
+    for (Options o : all_options()) {
+        if (o.window > 0) o.window = 45;
+        SCOPED_TRACE(describe(o));
+        for (const SisaCase& s : {SisaCase{.batch = 2, .queries = 130, .keys = 130, .query_heads = 4, .kv_heads = 2, .head_dim = 8,
+                                           .value_dim = 5, .state_dim = 6},
+                                  SisaCase{.queries = 65, .keys = 140, .query_heads = 2, .head_dim = 5, .state_dim = 16, .half_life = 100.0},
+                                  SisaCase{.queries = 150, .keys = 150, .query_heads = 2, .kv_heads = 2, .cu_seqlens = {2, 3, 3, 70, 141}}})
+            expect_close_in_every_dtype(s, o);
+    }
+}
+
+TEST(SisaCpu, LengthsWidthsAndLayouts) {
+    for (const Index L : {1, 2, 63, 64, 65, 127, 128, 129, 257})
+        expect_close_in_every_dtype({.queries = L, .keys = L, .half_life = 30.0}, {});
+    for (const Index ds : {0, 2, 14, 16, 18, 64, 128})
+        expect_close_in_every_dtype({.queries = 70, .keys = 70, .head_dim = 17, .state_dim = ds}, {});
+    for (const Layout layout : {Layout::reversed, Layout::padded})
+        expect_close_in_every_dtype({.batch = 2, .queries = 70, .keys = 90, .query_heads = 4, .kv_heads = 2}, {}, {.layout = layout});
+    // Blocks of 256 keys.
+    const Case c = make({.batch = 2, .queries = 270, .keys = 270, .query_heads = 16, .kv_heads = 16, .half_life = 40.0}, 1);
+    expect_close<f32>(c, {}, isas());
+}
+
+TEST(SisaCpu, EveryDecay) {
+    for (const double half_life : {1e9, 1e3, 20.0, 0.5, 0.01})
+        for (const Mode mode : {Mode::exact, Mode::published}) {
+            SCOPED_TRACE(half_life);
+            expect_close_in_every_dtype({.queries = 140, .keys = 140, .half_life = half_life}, {.mode = mode});
+        }
+    // Hard resets, alone and in a row, and -inf.
+    Case c = make({.queries = 200, .keys = 200, .half_life = 30.0}, 4);
+    for (const std::size_t t : {0, 20, 21, 64, 100, 128}) values(c, "log_alpha")[t] = t == 21 ? -INFINITY : t == 64 ? -1e4 : -1000.0;
+    // The reference sums between tokens; kernels subtract prefixes, and a double near -1000 n has steps of 1e-13 n.
+    expect_close<f64>(c, {}, isas(), {}, 6e-13);
+    expect_close<f32>(c, {}, isas());
+    // No pair has decay across a reset, or the first token between its two: those gradients are exactly zero.
+    Case got;
+    ASSERT_TRUE((run_case<Operator, float, float>(cpu{}, {}, c, got).ok()));
+    for (const std::size_t t : {0, 20, 21, 64, 100, 128}) EXPECT_EQ(got.tensors["grad.log_alpha"].values[t], 0.0) << t;
+    for (const std::size_t n : {0, 1}) EXPECT_EQ(got.tensors["grad.theta"].values[n], 0.0);
+}
+
+TEST(SisaCpu, SameBitsForAnyNumberOfThreads) {
+    for (const Options& o : all_options()) {
+        const Case c = make({.batch = 2, .queries = 150, .keys = 200, .query_heads = 4, .kv_heads = 2,
+                             .softmax = o.score == Score::softmax}, 5);
+        Case one;
+        ASSERT_TRUE((run_case<Operator, float, float>(cpu{.threads = 1}, o, c, one).ok()));
+        for (const int threads : {2, 3, 5}) {
+            Case many;
+            ASSERT_TRUE((run_case<Operator, float, float>(cpu{.threads = threads}, o, c, many).ok()));
+            for (const auto& [name, tensor] : one.tensors) EXPECT_EQ(tensor.values, many.tensors[name].values) << name;
+        }
+    }
+}
+
+TEST(SisaCpu, NaNDoesNotLeaveItsSequence) {
+    for (const Mode mode : {Mode::exact, Mode::published}) {
+        Case c = make({.queries = 200, .keys = 200, .query_heads = 2, .kv_heads = 2, .cu_seqlens = {10, 70, 180}}, 6), clean, dirty;
+        ASSERT_TRUE((run_case<Operator, float, float>(cpu{}, {.mode = mode}, c, clean).ok()));
+        for (auto& [name, x] : c.tensors)
+            if (name != "cu_seqlens" && name != "lam") {
+                const std::size_t width = x.values.size() / 200;
+                for (std::size_t i = 0; i < x.values.size(); ++i)
+                    if (i / width < 70 || i / width >= 180) x.values[i] = NAN;
+            }
+        ASSERT_TRUE((run_case<Operator, float, float>(cpu{}, {.mode = mode}, c, dirty).ok()));
+        for (const auto& [name, x] : clean.tensors) {
+            if (name == "grad.lam") continue;
+            const std::size_t width = x.values.size() / 200;
+            for (std::size_t i = 0; i < x.values.size(); ++i) {
+                const std::size_t row = i / width;
+                if (row >= 70 && row < 180) {
+                    EXPECT_EQ(x.values[i], dirty.tensors[name].values[i]) << name << i;
+                } else if (row < 10 || row >= 180) {
+                    EXPECT_EQ(dirty.tensors[name].values[i], 0.0) << name << i;
+                }
+            }
+        }
+    }
+}
+
+TEST(SisaCpu, NaNDoesNotReachEarlierTokens) {
+    // All of token 100 is NaN. What reads it is NaN, as in the reference; what does not is as close to the truth as ever.
+    for (const Options& o : {Options{}, Options{.window = 30}, Options{.score = Score::sigmoid}}) {
+        Case c = make({.queries = 200, .keys = 200, .query_heads = 2, .kv_heads = 2, .softmax = o.score == Score::softmax}, 6);
+        for (auto& [name, x] : c.tensors)
+            if (name != "lam") fill_row(x, 100, NAN);
+        Case want;
+        ASSERT_TRUE((run_case<Operator, double, double>(reference{}, o, c, want).ok()));
+        for (const Isa isa : isas()) {
+            Case got;
+            ASSERT_TRUE((run_case<Operator, float, float>(cpu{.isa = isa}, o, c, got).ok()));
+            for (const char* name : {"out.o", "grad.q", "grad.C"}) {
+                const std::vector<double>&x = got.tensors[name].values, &y = want.tensors[name].values;
+                for (std::size_t i = 0; i < y.size(); ++i) {
+                    ASSERT_EQ(std::isnan(x[i]), std::isnan(y[i])) << name << " " << i;
+                    if (!std::isnan(y[i])) {
+                        ASSERT_NEAR(x[i], y[i], 1e-4) << name << " " << i;
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+void expect_steps(const Options& o, Index ds) {
+    using P = param_t<T>;
+    const Index B = 2, L = 150, Hq = 4, Hkv = 2, dh = 9, dv = 7;
+    Case c = rounded<Operator, T, P>(make({.batch = B, .queries = L, .keys = L, .query_heads = Hq, .kv_heads = Hkv, .head_dim = dh,
+                                           .value_dim = dv, .state_dim = ds, .upstream = false, .half_life = 20.0}, 8));
+    if (ds > 0) values(c, "log_alpha")[200] = -INFINITY;
+    Case want;
+    ASSERT_TRUE((run_case<Operator, double, double>(reference{}, o, c, want).ok()));
+    const auto typed = [&]<class E>(const char* name, E) {
+        std::vector<E> x;
+        if (c.tensors.contains(name))
+            for (const double v : values(c, name)) x.push_back(static_cast<E>(v));
+        return x;
+    };
+    const auto q = typed("q", T()), k = typed("k", T()), v = typed("v", T()), C = typed("C", T()), Bc = typed("B", T());
+    const auto la = typed("log_alpha", P()), theta = typed("theta", P()), lam = typed("lam", P());
+    const Index capacity = L + 1;
+    const auto size = [](Index n) { return static_cast<std::size_t>(n); };
+    for (const Isa isa : isas()) {
+        std::vector<T> ck(size(B * capacity * Hkv * dh), T(NAN)), cv(size(B * capacity * Hkv * dv), T(NAN)),
+            cb(size(B * capacity * Hkv * ds), T(NAN)), row(size(B * Hq * dv));
+        std::vector<double> g(size(B * capacity * Hkv), NAN), last(size(B * Hkv), NAN), Phi(size(B * Hkv * ds / 2), NAN);
+        sisa::State<T> state{view(ck.data(), {B, capacity, Hkv, dh}), view(cv.data(), {B, capacity, Hkv, dv}),
+                             view(cb.data(), {B, capacity, Hkv, ds}), view(g.data(), {B, capacity, Hkv}),
+                             view(last.data(), {B, Hkv}), view(Phi.data(), {B, Hkv, ds / 2})};
+        sisa::Params<P> params{.lam = view(lam.data(), {static_cast<Index>(lam.size())})};
+        HostTensor got = want.tensors["out.o"];
+        for (Index t = 0; t < L; ++t) {
+            const auto at = [&](const auto& x, Index H, Index d) {
+                return view(x.data() + t * H * d, {B, H, d}, {L * H * d, d, Index{1}});
+            };
+            sisa::Token<T, P> token{.q = at(q, Hq, dh), .k = at(k, Hkv, dh), .v = at(v, Hkv, dv)};
+            if (ds > 0) {
+                token.C = at(C, Hq, ds), token.B = at(Bc, Hkv, ds), token.theta = at(theta, Hkv, ds / 2);
+                token.log_alpha = view(la.data() + t * Hkv, {B, Hkv}, {L * Hkv, Index{1}});
+            }
+            const sisa::TokenOut<T> out{view(row.data(), {B, Hq, dv})};
+            const cpu exec{.threads = 2, .isa = isa};
+            std::vector<std::byte> memory(sisa::workspace_size(exec, o, shape_of(state, token), pass::step));
+            const Status status = sisa::step(exec, o, params, state, token, out, Workspace{memory.data(), memory.size()});
+            ASSERT_TRUE(status.ok()) << status.message();
+            ++state.length;
+            for (Index b = 0; b < B; ++b)
+                for (Index x = 0; x < Hq * dv; ++x)
+                    got.values[size((b * L + t) * Hq * dv + x)] = static_cast<double>(row[size(b * Hq * dv + x)]);
+        }
+        // 16-bit caches round B again after its rotation.
+        const double allowed = sizeof(T) == 2 ? (std::is_same_v<T, f16> ? 1e-3 : 1e-2) : tolerance<T>;
+        EXPECT_LE(compare("", got, want.tensors["out.o"]).relative, allowed) << to_string(isa) << to_string(dtype_of<T>);
+    }
+}
+TEST(SisaCpu, StepsAreRowsOfForward) {
+    for (const Options& o : {Options{}, Options{.window = 40}, Options{.score = Score::sigmoid, .bias = -0.5}})
+        for (const Index ds : {0, 6, 16}) {
+            expect_steps<f64>(o, ds);
+            expect_steps<f32>(o, ds);
+            expect_steps<f16>(o, ds);
+            expect_steps<bf16>(o, ds);
+        }
+}
+
+TEST(SisaCpu, LongSumsKeepTheirPrecision) {
+    // 20,000 tokens: g and Phi go to the hundreds, their differences must not lose it. Queries are the last ones only.
+    const Case c = make({.queries = 3, .keys = 20000, .half_life = 60.0}, 9);
+    expect_close<f32>(c, {}, {Isa::automatic});
+}
+
+TEST(SisaCpu, CosSin) {
+    std::vector<double> x, c, s;
+    for (int i = -4000; i <= 4000; ++i) x.push_back(i * 0.37 + 1e-3 * i * i);
+    for (const double v : {0.0, 1e5, -3e5, 1e7, -1e300}) x.push_back(v);
+    c.resize(x.size()), s.resize(x.size());
+    for (const Isa isa : isas()) {
+        simd::run_body<sisa::detail::CosSin<double>>(isa, static_cast<const double*>(x.data()), static_cast<Index>(x.size()),
+                                                     c.data(), s.data());
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            const double allowed = std::abs(x[i]) < 2e4 ? 4e-16 : 1e-11;
+            ASSERT_NEAR(c[i], std::cos(x[i]), allowed) << x[i];
+            ASSERT_NEAR(s[i], std::sin(x[i]), allowed) << x[i];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace interstate::test
