@@ -10,25 +10,26 @@ namespace attention {
 namespace detail {
 
 /// dq: blocks of queries, as forward, against tiles of keys, of which `part` at once are in products.
-template <class T, int dim>
+template <class T, int dim, int channels = 0>
 struct QueryForm {
     static constexpr bool narrow = sizeof(T) == 2;
-    static constexpr int m = narrow && dim == 64 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
-    static constexpr int tile = narrow ? (dim <= 128 ? 64 : 16) : (dim == 64 ? 32 : 16), part = tile;
+    static constexpr int m = narrow && dim == 64 && channels <= 16 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
+    static constexpr int tile = narrow ? (dim <= 128 ? 64 : 16) : (dim == 64 ? 32 : 16), part = channels > 0 && tile > 32 ? 32 : tile;
     static constexpr int blocks = (narrow && dim <= 128) || dim == 64 ? 2 : 1;  // a multiprocessor
-    static constexpr std::size_t shared = sizeof(T) * dim * (2 * rows + 4 * tile);
+    static constexpr std::size_t shared = sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile));
 };
 
 /// dk and dv: blocks of keys, which are rows, against tiles of queries, which are columns. Registers have room for the sums of
 /// 256 columns of dk and dv together; where there are more, `shares` blocks have a share each and form all scores.
-template <class T, int dim>
+template <class T, int dim, int channels = 0>
 struct KeyForm {
     static constexpr bool narrow = sizeof(T) == 2;
-    static constexpr int m = narrow && dim == 64 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
+    static constexpr int m = narrow && dim == 64 && channels <= 16 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
     static constexpr int tile = narrow ? (dim == 64 ? 64 : dim == 128 ? 32 : 16) : (dim == 64 ? 32 : 16), part = narrow && dim <= 128 ? 32 : 16;
     static constexpr int shares = narrow ? (dim == 256 ? 2 : 1) : dim / 64, share = dim / shares;
     static constexpr int blocks = (narrow && dim <= 128) || dim == 64 ? 2 : 1;  // a multiprocessor
-    static constexpr std::size_t shared = sizeof(T) * dim * (2 * rows + 4 * tile) + 2 * tile * sizeof(RowStatistics<float>);
+    static constexpr std::size_t shared =
+        sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile)) + 2 * tile * (sizeof(RowStatistics<float>) + (channels > 0 ? 8 : 0));
 };
 
 /// What score gradients are multiplied by before they are rounded to float16, which has a narrow range: a power of two that
@@ -63,6 +64,46 @@ __device__ void weigh(float& s, float& dp, float c, float lse2, float minus) {
     }
 }
 
+/// The decay of a warp's rows of keys, from `low` on, which lie in one decay tile, against columns of queries.
+template <int m, int channels>
+struct KeyDecay {
+    double first, g[m][2];
+    bool steep, of_row[m][2];
+    template <class Policy>
+    __device__ KeyDecay(const Policy& policy, const Place& at, int low, int group) : first(0.0), steep(false) {
+        const auto g_of = [&](int key) { return policy.g && at.keys > 0 ? policy.g(at.batch, at.key0 + min(key, at.keys - 1), at.head) : 0.0; };
+        const int tile = low / decay_tile * decay_tile;
+        first = g_of(tile);
+        steep = Policy::steep(first, g_of(tile + decay_tile - 1));
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+            for (int row = 0; row < 2; ++row) {
+                g[i][row] = g_of(low + 16 * i + group + 8 * row);
+                of_row[i][row] = Policy::steep(first, g[i][row]);
+            }
+    }
+    /// x[i][t][e] *= decay of its pair; `queries` has g of columns 2 quad, 2 quad + 1 of the first eight.
+    template <int tiles>
+    __device__ void apply(float (&x)[m][tiles][4], const double* queries) const {
+#pragma unroll
+        for (int t = 0; t < tiles; ++t) {
+            const double2 query = *reinterpret_cast<const double2*>(queries + 8 * t);
+            const float factor[2] = {decay_of(query.x, first), decay_of(query.y, first)};
+#pragma unroll
+            for (int i = 0; i < m; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    x[i][t][e] *= steep && of_row[i][e / 2] ? decay_of(e % 2 == 0 ? query.x : query.y, g[i][e / 2]) : factor[e % 2];
+        }
+    }
+};
+template <int m>
+struct KeyDecay<m, 0> {
+    template <class... Unused>
+    __device__ explicit KeyDecay(const Unused&...) {}
+};
+
 inline namespace INTERSTATE_KERNELS {
 
 /// The largest square of the norm of a row of x, into `to`, which is zero before: as bits, whose order is that of the numbers,
@@ -89,10 +130,11 @@ __global__ __launch_bounds__(256) void largest_norm_kernel(View<const T, 4> x, V
 }
 
 template <class T, int dim, bool softmax, class Policy>
-__global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::blocks) void query_gradient_kernel(
+__global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, QueryForm<T, dim, Policy::channels>::blocks) void query_gradient_kernel(
     const __grid_constant__ Call<T, Policy> call, const __grid_constant__ BackwardCall<T> up, const __grid_constant__ Tiling tiling,
     const View<T, 4> dq, const bool wide_dq) {
-    using Form = QueryForm<T, dim>;
+    constexpr int channels = Policy::channels;
+    using Form = QueryForm<T, dim, channels>;
     constexpr int m = Form::m, tile = Form::tile, part = Form::part, tiles = part / 8, threads = Form::threads;
     constexpr auto precision = precision_of<T>;
     constexpr bool is_half = std::is_same_v<T, f16>;
@@ -103,6 +145,10 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
     T* const stages = dout.data + Own::size;
     const auto keys = [&](int step) { return Keys{stages + step % 2 * 2 * Keys::size}; };
     const auto values = [&](int step) { return Keys{stages + (step % 2 * 2 + 1) * Keys::size}; };
+    using ChannelRows = device::Swizzled<T, Form::rows, channels ? channels : dim>;
+    using ChannelKeys = device::Swizzled<T, tile, channels ? channels : dim>;
+    const ChannelRows channel_rows{stages + 4 * Keys::size};
+    const auto channel_keys = [&](int step) { return ChannelKeys{channel_rows.data + ChannelRows::size + step % 2 * ChannelKeys::size}; };
 
     Place at;
     if (!find_place(at, call.shape, call.in.cu_seqlens, tiling, call.shape.queries, Form::rows, call.mask.causal, blockIdx.x)) return;
@@ -119,9 +165,12 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
         const int j = first_key(step), there = min(tile, at.keys - j);
         keys(step).template copy_in<threads>({call.in.k, at.batch, at.key0 + j, kv_head, there, call.wide_k}, thread);
         values(step).template copy_in<threads>({call.in.v, at.batch, at.key0 + j, kv_head, there, call.wide_v}, thread);
+        if constexpr (channels > 0) channel_keys(step).template copy_in<threads>({call.policy.b, at.batch, at.key0 + j, kv_head, there, true}, thread);
     };
     q.template copy_in<threads>({call.in.q, at.batch, at.query0 + at.first, at.head, count, call.wide_q}, thread);
     dout.template copy_in<threads>({up.dout, at.batch, at.query0 + at.first, at.head, count, up.wide_dout}, thread);
+    if constexpr (channels > 0)
+        channel_rows.template copy_in<threads>({call.policy.c, at.batch, at.query0 + at.first, at.head, count, true}, thread);
     if (steps > 0) fetch(0);
 
     float lse2[m][2], minus[m][2];
@@ -143,8 +192,10 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
 
     const Shared16<T, Form::rows, dim> queries(q, 16 * m * warp, lane_id);
     const Shared16<T, Form::rows, dim> douts(dout, 16 * m * warp, lane_id);
-    float sum[m][dim / 8][4];
+    const RowDecay<m, channels> decay(call.policy, at, kv_head, position0 + 16 * m * warp + lane.group);
+    float sum[m][dim / 8][4], sum_c[m][channels ? channels / 8 : 1][4];
     clear(sum);
+    clear(sum_c);
     const float c = call.scale * float(log2_e), larger = is_half ? half_gradients(*up.range) : 1.0f, scale = call.scale / larger;
 
 #pragma unroll 1
@@ -157,9 +208,15 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
             float s[m][tiles][4], dp[m][tiles][4];
             clear(s);
             clear(dp);
+            const int position = low + lane.group;
+            TileDecay<m> tile_decay;
+            if constexpr (channels > 0) {
+                tile_decay = decay.of_tile(call.policy, at, kv_head, j);
+                multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), n, 0, lane_id);
+                decay.apply(s, tile_decay, call.policy, at, kv_head, position, j, lane.quad);
+            }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, douts, values(step).as_stored(), n, 0, lane_id);
-            const int position = low + lane.group;
             if constexpr (Policy::adds_term)
 #pragma unroll
                 for (int i = 0; i < m; ++i)
@@ -194,6 +251,19 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
 #pragma unroll
                         for (int e = 0; e < 4; ++e) dp[i][t][e] *= larger;
             multiply_rows<precision, part>(sum, Rows16<precision, m, part>(dp), keys(step).transposed(), 0, n, lane_id);
+            if constexpr (channels > 0) {
+                if (tile_decay.steep) decay.apply(dp, tile_decay, call.policy, at, kv_head, position, j, lane.quad);
+                float of_tile[m][channels / 8][4];
+                clear(of_tile);
+                multiply_rows<precision, part>(of_tile, Rows16<precision, m, part>(dp), channel_keys(step).transposed(), 0, n, lane_id);
+#pragma unroll
+                for (int i = 0; i < m; ++i)
+#pragma unroll
+                    for (int t = 0; t < channels / 8; ++t)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e)
+                            sum_c[i][t][e] = fmaf(of_tile[i][t][e], tile_decay.steep ? 1.0f : tile_decay.factor[i][e / 2], sum_c[i][t][e]);
+            }
         }
         device::wait_for_copies();
         __syncthreads();
@@ -208,13 +278,26 @@ __global__ __launch_bounds__(QueryForm<T, dim>::threads, QueryForm<T, dim>::bloc
                                  sum[i][t][e + 1] * scale);
     __syncthreads();
     q.template copy_out<threads>({dq, at.batch, at.query0 + at.first, at.head, count, wide_dq}, thread);
+    if constexpr (channels > 0)
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const int r = 16 * (m * warp + i) + lane.group + 4 * e;
+                if (r >= count) continue;
+#pragma unroll
+                for (int t = 0; t < channels / 8; ++t)
+                    *reinterpret_cast<float2*>(&call.policy.dc(at.batch, at.query0 + at.first + r, at.head, 8 * t + 2 * lane.quad)) =
+                        make_float2(sum_c[i][t][e] * scale, sum_c[i][t][e + 1] * scale);
+            }
 }
 
 template <class T, int dim, bool softmax, class Policy>
-__global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) void key_gradient_kernel(
+__global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm<T, dim, Policy::channels>::blocks) void key_gradient_kernel(
     const __grid_constant__ Call<T, Policy> call, const __grid_constant__ BackwardCall<T> up, const __grid_constant__ Tiling tiling,
     const View<T, 4> dk, const View<T, 4> dv, const bool wide_dk, const bool wide_dv) {
-    using Form = KeyForm<T, dim>;
+    constexpr int channels = Policy::channels;
+    using Form = KeyForm<T, dim, channels>;
     constexpr int m = Form::m, tile = Form::tile, part = Form::part, tiles = part / 8, threads = Form::threads;
     constexpr auto precision = precision_of<T>;
     constexpr bool is_half = std::is_same_v<T, f16>;
@@ -225,7 +308,12 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
     T* const stages = v.data + Own::size;
     const auto queries = [&](int step) { return Queries{stages + step % 2 * 2 * Queries::size}; };
     const auto douts = [&](int step) { return Queries{stages + (step % 2 * 2 + 1) * Queries::size}; };
-    auto* const statistics = reinterpret_cast<RowStatistics<float>*>(stages + 4 * Queries::size);
+    using ChannelRows = device::Swizzled<T, Form::rows, channels ? channels : dim>;
+    using ChannelQueries = device::Swizzled<T, tile, channels ? channels : dim>;
+    const ChannelRows channel_rows{stages + 4 * Queries::size};
+    const auto channel_queries = [&](int step) { return ChannelQueries{channel_rows.data + ChannelRows::size + step % 2 * ChannelQueries::size}; };
+    auto* const statistics = reinterpret_cast<RowStatistics<float>*>(stages + 4 * Queries::size + channels * (Form::rows + 2 * tile));
+    auto* const decays = reinterpret_cast<double*>(statistics + 2 * tile);  // g of the queries
 
     Place at;
     if (!find_place(at, call.shape, call.in.cu_seqlens, tiling, call.shape.keys, Form::rows, false, blockIdx.x / Form::shares)) return;
@@ -242,6 +330,11 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
         const int i = begin + step % of_head * tile, head = at.head * group + step / of_head, there = min(tile, at.queries - i);
         queries(step).template copy_in<threads>({call.in.q, at.batch, at.query0 + i, head, there, call.wide_q}, thread);
         douts(step).template copy_in<threads>({up.dout, at.batch, at.query0 + i, head, there, up.wide_dout}, thread);
+        if constexpr (channels > 0) {
+            channel_queries(step).template copy_in<threads>({call.policy.c, at.batch, at.query0 + i, head, there, true}, thread);
+            if (thread < tile && call.policy.g)
+                device::copy_async<8>(decays + step % 2 * tile + thread, &call.policy.g(at.batch, at.key0 + min(i + offset + thread, at.keys - 1), at.head));
+        }
         if (thread < tile) {
             RowStatistics<float>* const to = statistics + step % 2 * tile + thread;
             if (softmax && thread < there)
@@ -252,6 +345,8 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
     };
     k.template copy_in<threads>({call.in.k, at.batch, at.key0 + at.first, at.head, count, call.wide_k}, thread);
     v.template copy_in<threads>({call.in.v, at.batch, at.key0 + at.first, at.head, count, call.wide_v}, thread);
+    if constexpr (channels > 0)
+        channel_rows.template copy_in<threads>({call.policy.b, at.batch, at.key0 + at.first, at.head, count, true}, thread);
     if (steps > 0) fetch(0);
     device::wait_for_copies();
     __syncthreads();
@@ -259,8 +354,11 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
     const Shared16<T, Form::rows, dim> keys(k, 16 * m * warp, lane_id);
     const Shared16<T, Form::rows, dim> values(v, 16 * m * warp, lane_id);
     float sum_k[m][Form::share / 8][4], sum_v[m][Form::share / 8][4];
+    float sum_b[m][channels ? channels / 8 : 1][4];
     clear(sum_k);
     clear(sum_v);
+    clear(sum_b);
+    const KeyDecay<m, channels> decay(call.policy, at, at.first + 16 * m * warp, lane.group);
     const float c = call.scale * float(log2_e), larger = is_half ? half_gradients(*up.range) : 1.0f;
     const float scale_k = call.scale / larger, scale_v = is_half ? 1.0f / half_weights : 1.0f;
 
@@ -276,6 +374,11 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
             float s[m][tiles][4], dp[m][tiles][4];
             clear(s);
             clear(dp);
+            const double* const g = decays + step % 2 * tile + n + 2 * lane.quad;
+            if constexpr (channels > 0) {
+                multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_queries(step).as_stored(), n, 0, lane_id);
+                if (call.policy.g) decay.apply(s, g);
+            }
             multiply_rows<precision, dim>(s, keys, queries(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, values, douts(step).as_stored(), n, 0, lane_id);
             if constexpr (Policy::adds_term)
@@ -321,6 +424,10 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
                         }
             multiply_rows<precision, part>(sum_v, Rows16<precision, m, part>(s), douts(step).transposed(), column0, n, lane_id);
             multiply_rows<precision, part>(sum_k, Rows16<precision, m, part>(dp), queries(step).transposed(), column0, n, lane_id);
+            if constexpr (channels > 0) {
+                if (call.policy.g) decay.apply(dp, g);
+                multiply_rows<precision, part>(sum_b, Rows16<precision, m, part>(dp), channel_queries(step).transposed(), 0, n, lane_id);
+            }
         }
         device::wait_for_copies();
         __syncthreads();
@@ -339,6 +446,20 @@ __global__ __launch_bounds__(KeyForm<T, dim>::threads, KeyForm<T, dim>::blocks) 
     __syncthreads();
     if (dk) dk_tile.template copy_out<threads>({dk, at.batch, at.key0 + at.first, at.head, count, wide_dk, column0}, thread);
     if (dv) dv_tile.template copy_out<threads>({dv, at.batch, at.key0 + at.first, at.head, count, wide_dv, column0}, thread);
+    if constexpr (channels > 0) {
+        if (column0 > 0) return;  // every share has all of it
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; e += 2) {
+                const int r = 16 * (m * warp + i) + lane.group + 4 * e;
+                if (r >= count) continue;
+#pragma unroll
+                for (int t = 0; t < channels / 8; ++t)
+                    *reinterpret_cast<float2*>(&call.policy.db(at.batch, at.key0 + at.first + r, at.head, 8 * t + 2 * lane.quad)) =
+                        make_float2(sum_b[i][t][e] * scale_k, sum_b[i][t][e + 1] * scale_k);
+            }
+    }
 }
 
 }  // namespace INTERSTATE_KERNELS

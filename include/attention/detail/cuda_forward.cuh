@@ -10,13 +10,13 @@ namespace detail {
 
 /// Sizes of a block for rows of `dim` columns: warps of m times 16 queries, which read tiles of keys. Two tiles of 16 rows
 /// share what is read from shared memory; registers allow them up to 128 columns of 16 bits.
-template <class T, int dim>
+template <class T, int dim, int channels = 0>
 struct ForwardForm {
     static constexpr bool narrow = sizeof(T) == 2;
     static constexpr int m = narrow && dim <= 128 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
-    static constexpr int tile = narrow ? (dim <= 128 ? 64 : 32) : (dim <= 128 ? 32 : 16);
+    static constexpr int tile = narrow ? (dim == 64 || (dim == 128 && channels == 0) ? 64 : 32) : (dim <= 128 ? 32 : 16);
     static constexpr int blocks = narrow || dim <= 128 ? 2 : 1;  // a multiprocessor
-    static constexpr std::size_t shared = sizeof(T) * dim * (rows + 4 * tile);
+    static constexpr std::size_t shared = sizeof(T) * (dim * (rows + 4 * tile) + channels * (rows + 2 * tile));
 };
 
 /// Takes tile scores in columns [first, first + 8 tiles) of keys for rows `position`, `position` + 8 of a lane out of what
@@ -42,10 +42,11 @@ inline constexpr float slack = 8.0f;
 inline namespace INTERSTATE_KERNELS {
 
 template <class T, int dim, bool softmax, class Policy>
-__global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::blocks) void forward_kernel(
+__global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, ForwardForm<T, dim, Policy::channels>::blocks) void forward_kernel(
     const __grid_constant__ Call<T, Policy> call, const __grid_constant__ Tiling tiling, const View<T, 4> o, const View<float, 3> lse,
     const bool wide_o) {
-    using Form = ForwardForm<T, dim>;
+    constexpr int channels = Policy::channels;
+    using Form = ForwardForm<T, dim, channels>;
     constexpr int m = Form::m, tile = Form::tile, tiles = tile / 8, threads = Form::threads;
     constexpr auto precision = precision_of<T>;
     extern __shared__ __align__(128) unsigned char memory[];
@@ -54,6 +55,10 @@ __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::
     T* const stages = q.data + q.size;
     const auto keys = [&](int step) { return Keys{stages + step % 2 * 2 * Keys::size}; };
     const auto values = [&](int step) { return Keys{stages + (step % 2 * 2 + 1) * Keys::size}; };
+    using ChannelRows = device::Swizzled<T, Form::rows, channels ? channels : dim>;
+    using ChannelKeys = device::Swizzled<T, tile, channels ? channels : dim>;
+    const ChannelRows channel_rows{stages + 4 * Keys::size};
+    const auto channel_keys = [&](int step) { return ChannelKeys{channel_rows.data + ChannelRows::size + step % 2 * ChannelKeys::size}; };
 
     Place at;
     if (!find_place(at, call.shape, call.in.cu_seqlens, tiling, call.shape.queries, Form::rows, call.mask.causal, blockIdx.x)) return;
@@ -72,13 +77,18 @@ __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::
         const int j = first_key(step), there = min(tile, at.keys - j);
         keys(step).template copy_in<threads>({call.in.k, at.batch, at.key0 + j, kv_head, there, call.wide_k}, thread);
         values(step).template copy_in<threads>({call.in.v, at.batch, at.key0 + j, kv_head, there, call.wide_v}, thread);
+        if constexpr (channels > 0) channel_keys(step).template copy_in<threads>({call.policy.b, at.batch, at.key0 + j, kv_head, there, true}, thread);
     };
     q.template copy_in<threads>({call.in.q, at.batch, at.query0 + at.first, at.head, count, call.wide_q}, thread);
+    if constexpr (channels > 0)
+        channel_rows.template copy_in<threads>({call.policy.c, at.batch, at.query0 + at.first, at.head, count, true}, thread);
     if (steps > 0) fetch(0);
     device::wait_for_copies();
     __syncthreads();
 
     const Shared16<T, Form::rows, dim> queries(q, 16 * m * warp, lane_id);
+    const RowDecay<m, channels> decay(call.policy, at, kv_head, position0 + 16 * m * warp + lane.group);
+
     float sum[m][dim / 8][4], shift[m][2], total[m][2];
     clear(sum);
 #pragma unroll
@@ -100,6 +110,11 @@ __global__ __launch_bounds__(ForwardForm<T, dim>::threads, ForwardForm<T, dim>::
         if (j < call.mask.end_key(high, at.keys) && j + tile > call.mask.first_key(low)) {
             float s[m][tiles][4];
             clear(s);
+            if constexpr (channels > 0) {
+                const auto tile_decay = decay.of_tile(call.policy, at, kv_head, j);
+                multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), 0, 0, lane_id);
+                decay.apply(s, tile_decay, call.policy, at, kv_head, position0 + 16 * m * warp + lane.group, j, lane.quad);
+            }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), 0, 0, lane_id);
             if (call.scale < 0.0f)
     #pragma unroll

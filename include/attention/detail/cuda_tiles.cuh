@@ -124,6 +124,28 @@ struct Plain {
     /// axis of their sequence.
     ///     __device__ float score_term(int head, int query_position, int key_position) const;
     static constexpr bool adds_term = false;
+    /// score[i,j] += scale exp(g[i] - g[j]) C[i].B[j] with as many channels (docs/ops/attention.md); see Channels.
+    static constexpr int channels = 0;
+};
+
+/// Tokens whose decay is measured from the first of them, counted from the beginning of their sequence.
+inline constexpr int decay_tile = 64;
+
+/// A policy's channels as the kernels read them. B is stored with the decay since the first key of its tile in it, exp(g[first] -
+/// g[j]) B[j], as long as that is no more than 2^limit; keys from there to the end of the tile, `steep` ones, are stored as they
+/// are, and their decay is formed pair by pair. What is stored, and how it is used, depends on nothing behind the key: changes
+/// of later tokens change no bit.
+template <class T, int count>
+struct Channels {
+    static constexpr bool adds_term = false;
+    static constexpr int channels = count;  // a power of two from 16 on; more than there are, are zero
+    View<const T, 4> c;                     // (B, Lq, Hq, count)
+    View<const T, 4> b;                     // (B, Lk, Hkv, count)
+    View<const double, 3> g;                // (B, Lk, Hkv), in powers of two, never increasing; null: no decay
+    View<float, 4> dc, db;                  // gradients of what is stored, over scale; backward
+
+    static constexpr float limit = std::is_same_v<T, f16> ? 1.0f : 80.0f;
+    static __device__ bool steep(double first, double here) { return first - here > static_cast<double>(limit); }
 };
 
 /// 2^x.
@@ -217,6 +239,79 @@ __device__ void multiply_rows(float (&c)[m][tiles][4], const A& a, const B& b, i
             }
     }
 }
+
+/// exp(g of a query - g of a key); 1 where the query is before the key, so that what a mask leaves out stays finite.
+__device__ inline float decay_of(double query, double key) { return exp2_of(fminf(static_cast<float>(query - key), 0.0f)); }
+
+/// What the decay since its first key makes of a tile of keys, for the rows of a lane.
+template <int m>
+struct TileDecay {
+    double first;  // g of the first key of the decay tile
+    bool steep;    // some keys of the tile are
+    float factor[m][2];
+};
+
+/// g of a lane's rows of queries, at `position` + 16 i + 8 row.
+template <int m, int channels>
+struct RowDecay {
+    double g[m][2];
+    template <class Policy>
+    __device__ RowDecay(const Policy& policy, const Place& at, int kv_head, int position) {
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+            for (int row = 0; row < 2; ++row)
+                g[i][row] = policy.g && at.keys > 0 ? policy.g(at.batch, at.key0 + min(position + 16 * i + 8 * row, at.keys - 1), kv_head) : 0.0;
+    }
+    /// Of the tile that begins at key j.
+    template <class Policy>
+    __device__ TileDecay<m> of_tile(const Policy& policy, const Place& at, int kv_head, int j) const {
+        TileDecay<m> tile{0.0, false, {}};
+        if (policy.g) {
+            const int first = j / decay_tile * decay_tile;
+            tile.first = policy.g(at.batch, at.key0 + first, kv_head);
+            tile.steep = Policy::steep(tile.first, policy.g(at.batch, at.key0 + min(first + decay_tile, at.keys) - 1, kv_head));
+        }
+#pragma unroll
+        for (int i = 0; i < m; ++i)
+#pragma unroll
+            for (int row = 0; row < 2; ++row) tile.factor[i][row] = decay_of(g[i][row], tile.first);
+        return tile;
+    }
+    /// Of a query at `position`, row (i, row), and a key of a steep tile.
+    template <class Policy>
+    __device__ float of_pair(const TileDecay<m>& tile, const Policy& policy, const Place& at, int kv_head, int i, int row, int position, int key) const {
+        if (key > position || key >= at.keys) return 0.0f;
+        const double here = policy.g(at.batch, at.key0 + key, kv_head);
+        return Policy::steep(tile.first, here) ? decay_of(g[i][row], here) : tile.factor[i][row];
+    }
+    /// x[i][t][e] *= decay of its pair; keys are columns, from j on.
+    template <int tiles, class Policy>
+    __device__ void apply(float (&x)[m][tiles][4], const TileDecay<m>& tile, const Policy& policy, const Place& at, int kv_head, int position,
+                          int j, int quad) const {
+        if (!tile.steep) {
+#pragma unroll
+            for (int i = 0; i < m; ++i)
+#pragma unroll
+                for (int t = 0; t < tiles; ++t)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) x[i][t][e] *= tile.factor[i][e / 2];
+        } else {
+#pragma unroll
+            for (int i = 0; i < m; ++i)
+#pragma unroll
+                for (int t = 0; t < tiles; ++t)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e)
+                        x[i][t][e] *= of_pair(tile, policy, at, kv_head, i, e / 2, position + 16 * i + 8 * (e / 2), j + 8 * t + 2 * quad + e % 2);
+        }
+    }
+};
+template <int m>
+struct RowDecay<m, 0> {
+    template <class... Unused>
+    __device__ explicit RowDecay(const Unused&...) {}
+};
 
 template <int m, int tiles>
 __device__ void clear(float (&c)[m][tiles][4]) {
