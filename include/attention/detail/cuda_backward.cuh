@@ -16,7 +16,8 @@ struct QueryForm {
     static constexpr int m = narrow && dim == 64 && channels <= 16 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
     static constexpr int tile = narrow ? (dim <= 128 ? 64 : 16) : (dim == 64 ? 32 : 16), part = channels > 0 && tile > 32 ? 32 : tile;
     static constexpr int blocks = (narrow && dim <= 128) || dim == 64 ? 2 : 1;  // a multiprocessor
-    static constexpr std::size_t shared = sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile));
+    static constexpr std::size_t shared =
+        sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile)) + RowDecays<T, rows, channels>::bytes;
 };
 
 /// dk and dv: blocks of keys, which are rows, against tiles of queries, which are columns. Registers have room for the sums of
@@ -28,8 +29,9 @@ struct KeyForm {
     static constexpr int tile = narrow ? (dim == 64 ? 64 : dim == 128 ? 32 : 16) : (dim == 64 ? 32 : 16), part = narrow && dim <= 128 ? 32 : 16;
     static constexpr int shares = narrow ? (dim == 256 ? 2 : 1) : dim / 64, share = dim / shares;
     static constexpr int blocks = (narrow && dim <= 128) || dim == 64 ? 2 : 1;  // a multiprocessor
-    static constexpr std::size_t shared =
-        sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile)) + 2 * tile * (sizeof(RowStatistics<float>) + (channels > 0 ? 8 : 0));
+    static constexpr int decay_tiles = channels > 0 ? (rows + decay_tile - 1) / decay_tile : 0;
+    static constexpr std::size_t shared = sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile)) +
+                                          2 * tile * (sizeof(RowStatistics<float>) + decay_tiles * sizeof(float));
 };
 
 /// What score gradients are multiplied by before they are rounded to float16, which has a narrow range: a power of two that
@@ -64,44 +66,67 @@ __device__ void weigh(float& s, float& dp, float c, float lse2, float minus) {
     }
 }
 
-/// The decay of a warp's rows of keys, from `low` on, which lie in one decay tile, against columns of queries.
-template <int m, int channels>
-struct KeyDecay {
-    double first, g[m][2];
-    bool steep, of_row[m][2];
+/// What the decay since the first key of its decay tile makes of each column of queries, for every decay tile of a block's keys,
+/// for the tile of queries of a step and the next one, in shared memory: as RowDecays, the other way round.
+template <class T, int rows, int tile, int threads, int channels>
+class ColumnDecays {
+    static constexpr int decay_tiles = (rows + decay_tile - 1) / decay_tile, count = decay_tiles * tile;
+    static_assert(count <= threads && (rows % decay_tile == 0 || decay_tile % rows == 0));
+
+  public:
     template <class Policy>
-    __device__ KeyDecay(const Policy& policy, const Place& at, int low, int group) : first(0.0), steep(false) {
-        const auto g_of = [&](int key) { return policy.g && at.keys > 0 ? policy.g(at.batch, at.key0 + min(key, at.keys - 1), at.head) : 0.0; };
-        const int tile = low / decay_tile * decay_tile;
-        first = g_of(tile);
-        steep = Policy::steep(first, g_of(tile + decay_tile - 1));
-#pragma unroll
-        for (int i = 0; i < m; ++i)
-#pragma unroll
-            for (int row = 0; row < 2; ++row) {
-                g[i][row] = g_of(low + 16 * i + group + 8 * row);
-                of_row[i][row] = Policy::steep(first, g[i][row]);
-            }
+    __device__ ColumnDecays(void* memory, const Policy& policy, const Place& at, int low, int thread)
+        : factors_(static_cast<float*>(memory)), thread_(thread), first_(0.0), tile_(low / decay_tile - at.first / decay_tile) {
+        const int own = at.first / decay_tile + thread / tile, here = low / decay_tile;
+        own_ = g_of(policy, at, own * decay_tile);
+        first_ = g_of(policy, at, here * decay_tile);
+        steep_ = Policy::steep(first_, g_of(policy, at, here * decay_tile + decay_tile - 1));
     }
-    /// x[i][t][e] *= decay of its pair; `queries` has g of columns 2 quad, 2 quad + 1 of the first eight.
-    template <int tiles>
-    __device__ void apply(float (&x)[m][tiles][4], const double* queries) const {
+    /// Begins with the step whose first query stands at `position`, and later ends.
+    template <class Policy>
+    __device__ void load(const Policy& policy, const Place& at, int position) {
+        query_ = g_of(policy, at, position + thread_ % tile);
+    }
+    __device__ void store(int step) const {
+        if (thread_ < count) factors_[step % 2 * count + thread_] = decay_of(query_, own_);
+    }
+    /// x[i][t][e] *= decay of its pair: a lane's rows of keys from `key` on, columns n .. of the step, the first at `position`.
+    template <int m, int tiles, class Policy>
+    __device__ void apply(float (&x)[m][tiles][4], int step, int n, const Policy& policy, const Place& at, int key, int position, int quad) const {
+        const float* const factors = factors_ + step % 2 * count + tile_ * tile + n + 2 * quad;
+        if (steep_) {
+            each_apart(x, [&](int i, int t, int e, float value) {
+                const double g = g_of(policy, at, key + 16 * i + 8 * (e / 2));
+                return value * (Policy::steep(first_, g) ? decay_of(g_of(policy, at, position + 8 * t + 2 * quad + e % 2), g) : factors[8 * t + e % 2]);
+            });
+            return;
+        }
 #pragma unroll
         for (int t = 0; t < tiles; ++t) {
-            const double2 query = *reinterpret_cast<const double2*>(queries + 8 * t);
-            const float factor[2] = {decay_of(query.x, first), decay_of(query.y, first)};
+            const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * t);
 #pragma unroll
             for (int i = 0; i < m; ++i)
 #pragma unroll
-                for (int e = 0; e < 4; ++e)
-                    x[i][t][e] *= steep && of_row[i][e / 2] ? decay_of(e % 2 == 0 ? query.x : query.y, g[i][e / 2]) : factor[e % 2];
+                for (int e = 0; e < 4; ++e) x[i][t][e] *= e % 2 == 0 ? factor.x : factor.y;
         }
     }
+
+  private:
+    template <class Policy>
+    static __device__ double g_of(const Policy& policy, const Place& at, int position) {
+        return policy.g && at.keys > 0 ? policy.g(at.batch, at.key0 + min(max(position, 0), at.keys - 1), at.head) : 0.0;
+    }
+    float* factors_;
+    int thread_;
+    double first_, own_, query_ = 0.0;
+    int tile_;
+    bool steep_;
 };
-template <int m>
-struct KeyDecay<m, 0> {
+template <class T, int rows, int tile, int threads>
+class ColumnDecays<T, rows, tile, threads, 0> {
+  public:
     template <class... Unused>
-    __device__ explicit KeyDecay(const Unused&...) {}
+    __device__ explicit ColumnDecays(const Unused&...) {}
 };
 
 inline namespace INTERSTATE_KERNELS {
@@ -171,7 +196,14 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
     dout.template copy_in<threads>({up.dout, at.batch, at.query0 + at.first, at.head, count, up.wide_dout}, thread);
     if constexpr (channels > 0)
         channel_rows.template copy_in<threads>({call.policy.c, at.batch, at.query0 + at.first, at.head, count, true}, thread);
-    if (steps > 0) fetch(0);
+    RowDecays<T, Form::rows, channels> decays(channel_rows.data + ChannelRows::size + 2 * ChannelKeys::size, call.policy, at, kv_head, position0, thread);
+    if (steps > 0) {
+        fetch(0);
+        if constexpr (channels > 0) {
+            decays.load(call.policy, at, kv_head, first_key(0));
+            decays.store(0);
+        }
+    }
 
     float lse2[m][2], minus[m][2];
 #pragma unroll
@@ -192,7 +224,6 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
 
     const Shared16<T, Form::rows, dim> queries(q, 16 * m * warp, lane_id);
     const Shared16<T, Form::rows, dim> douts(dout, 16 * m * warp, lane_id);
-    const RowDecay<m, channels> decay(call.policy, at, kv_head, position0 + 16 * m * warp + lane.group);
     float sum[m][dim / 8][4], sum_c[m][channels ? channels / 8 : 1][4];
     clear(sum);
     clear(sum_c);
@@ -200,7 +231,10 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        if (step + 1 < steps) fetch(step + 1);
+        if (step + 1 < steps) {
+            fetch(step + 1);
+            if constexpr (channels > 0) decays.load(call.policy, at, kv_head, first_key(step + 1));
+        }
 #pragma unroll 1
         for (int n = 0; n < tile; n += part) {
             const int j = first_key(step) + n, low = position0 + 16 * m * warp, high = low + 16 * m - 1;
@@ -209,11 +243,10 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
             clear(s);
             clear(dp);
             const int position = low + lane.group;
-            TileDecay<m> tile_decay;
+            const int row = 16 * m * warp + lane.group;
             if constexpr (channels > 0) {
-                tile_decay = decay.of_tile(call.policy, at, kv_head, j);
                 multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), n, 0, lane_id);
-                decay.apply(s, tile_decay, call.policy, at, kv_head, position, j, lane.quad);
+                decays.apply(s, step, call.policy, at, kv_head, row, position, j, lane.quad);
             }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, douts, values(step).as_stored(), n, 0, lane_id);
@@ -252,19 +285,24 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
                         for (int e = 0; e < 4; ++e) dp[i][t][e] *= larger;
             multiply_rows<precision, part>(sum, Rows16<precision, m, part>(dp), keys(step).transposed(), 0, n, lane_id);
             if constexpr (channels > 0) {
-                if (tile_decay.steep) decay.apply(dp, tile_decay, call.policy, at, kv_head, position, j, lane.quad);
+                const bool steep = decays.steep(step);
+                if (steep) decays.apply(dp, step, call.policy, at, kv_head, row, position, j, lane.quad);
                 float of_tile[m][channels / 8][4];
                 clear(of_tile);
                 multiply_rows<precision, part>(of_tile, Rows16<precision, m, part>(dp), channel_keys(step).transposed(), 0, n, lane_id);
 #pragma unroll
                 for (int i = 0; i < m; ++i)
 #pragma unroll
-                    for (int t = 0; t < channels / 8; ++t)
+                    for (int r = 0; r < 2; ++r) {
+                        const float factor = steep ? 1.0f : decays.factor(step, row + 16 * i + 8 * r);
 #pragma unroll
-                        for (int e = 0; e < 4; ++e)
-                            sum_c[i][t][e] = fmaf(of_tile[i][t][e], tile_decay.steep ? 1.0f : tile_decay.factor[i][e / 2], sum_c[i][t][e]);
+                        for (int t = 0; t < channels / 8; ++t)
+#pragma unroll
+                            for (int e = 2 * r; e < 2 * r + 2; ++e) sum_c[i][t][e] = fmaf(of_tile[i][t][e], factor, sum_c[i][t][e]);
+                    }
             }
         }
+        if constexpr (channels > 0) decays.store(step + 1);
         device::wait_for_copies();
         __syncthreads();
     }
@@ -313,7 +351,6 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     const ChannelRows channel_rows{stages + 4 * Queries::size};
     const auto channel_queries = [&](int step) { return ChannelQueries{channel_rows.data + ChannelRows::size + step % 2 * ChannelQueries::size}; };
     auto* const statistics = reinterpret_cast<RowStatistics<float>*>(stages + 4 * Queries::size + channels * (Form::rows + 2 * tile));
-    auto* const decays = reinterpret_cast<double*>(statistics + 2 * tile);  // g of the queries
 
     Place at;
     if (!find_place(at, call.shape, call.in.cu_seqlens, tiling, call.shape.keys, Form::rows, false, blockIdx.x / Form::shares)) return;
@@ -322,6 +359,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     const Lane lane(lane_id);
     const int group = static_cast<int>(call.shape.group()), offset = at.offset();
     const int count = min(Form::rows, at.keys - at.first);
+    ColumnDecays<T, Form::rows, tile, threads, channels> decays(statistics + 2 * tile, call.policy, at, at.first + 16 * m * warp, thread);
     // Queries that read any of the keys, counted from the sequence's first query.
     const int begin = max(call.mask.first_position(at.first) - offset, 0) / tile * tile;
     const int end = min(call.mask.end_position(at.first + count - 1, at.keys) - offset, at.queries);
@@ -332,8 +370,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
         douts(step).template copy_in<threads>({up.dout, at.batch, at.query0 + i, head, there, up.wide_dout}, thread);
         if constexpr (channels > 0) {
             channel_queries(step).template copy_in<threads>({call.policy.c, at.batch, at.query0 + i, head, there, true}, thread);
-            if (thread < tile && call.policy.g)
-                device::copy_async<8>(decays + step % 2 * tile + thread, &call.policy.g(at.batch, at.key0 + min(i + offset + thread, at.keys - 1), at.head));
+            decays.load(call.policy, at, i + offset);
         }
         if (thread < tile) {
             RowStatistics<float>* const to = statistics + step % 2 * tile + thread;
@@ -347,7 +384,10 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     v.template copy_in<threads>({call.in.v, at.batch, at.key0 + at.first, at.head, count, call.wide_v}, thread);
     if constexpr (channels > 0)
         channel_rows.template copy_in<threads>({call.policy.b, at.batch, at.key0 + at.first, at.head, count, true}, thread);
-    if (steps > 0) fetch(0);
+    if (steps > 0) {
+        fetch(0);
+        if constexpr (channels > 0) decays.store(0);
+    }
     device::wait_for_copies();
     __syncthreads();
 
@@ -358,7 +398,6 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     clear(sum_k);
     clear(sum_v);
     clear(sum_b);
-    const KeyDecay<m, channels> decay(call.policy, at, at.first + 16 * m * warp, lane.group);
     const float c = call.scale * float(log2_e), larger = is_half ? half_gradients(*up.range) : 1.0f;
     const float scale_k = call.scale / larger, scale_v = is_half ? 1.0f / half_weights : 1.0f;
 
@@ -374,10 +413,9 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
             float s[m][tiles][4], dp[m][tiles][4];
             clear(s);
             clear(dp);
-            const double* const g = decays + step % 2 * tile + n + 2 * lane.quad;
             if constexpr (channels > 0) {
                 multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_queries(step).as_stored(), n, 0, lane_id);
-                if (call.policy.g) decay.apply(s, g);
+                if (call.policy.g) decays.apply(s, step, n, call.policy, at, low + lane.group, first, lane.quad);
             }
             multiply_rows<precision, dim>(s, keys, queries(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, values, douts(step).as_stored(), n, 0, lane_id);
@@ -425,10 +463,11 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
             multiply_rows<precision, part>(sum_v, Rows16<precision, m, part>(s), douts(step).transposed(), column0, n, lane_id);
             multiply_rows<precision, part>(sum_k, Rows16<precision, m, part>(dp), queries(step).transposed(), column0, n, lane_id);
             if constexpr (channels > 0) {
-                if (call.policy.g) decay.apply(dp, g);
+                if (call.policy.g) decays.apply(dp, step, n, call.policy, at, low + lane.group, first, lane.quad);
                 multiply_rows<precision, part>(sum_b, Rows16<precision, m, part>(dp), channel_queries(step).transposed(), 0, n, lane_id);
             }
         }
+        if constexpr (channels > 0) decays.store(step + 1);
         device::wait_for_copies();
         __syncthreads();
     }

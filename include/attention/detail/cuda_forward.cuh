@@ -16,7 +16,7 @@ struct ForwardForm {
     static constexpr int m = narrow && dim <= 128 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
     static constexpr int tile = narrow ? (dim == 64 || (dim == 128 && channels == 0) ? 64 : 32) : (dim <= 128 ? 32 : 16);
     static constexpr int blocks = narrow || dim <= 128 ? 2 : 1;  // a multiprocessor
-    static constexpr std::size_t shared = sizeof(T) * (dim * (rows + 4 * tile) + channels * (rows + 2 * tile));
+    static constexpr std::size_t shared = sizeof(T) * (dim * (rows + 4 * tile) + channels * (rows + 2 * tile)) + RowDecays<T, rows, channels>::bytes;
 };
 
 /// Takes tile scores in columns [first, first + 8 tiles) of keys for rows `position`, `position` + 8 of a lane out of what
@@ -82,13 +82,18 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
     q.template copy_in<threads>({call.in.q, at.batch, at.query0 + at.first, at.head, count, call.wide_q}, thread);
     if constexpr (channels > 0)
         channel_rows.template copy_in<threads>({call.policy.c, at.batch, at.query0 + at.first, at.head, count, true}, thread);
-    if (steps > 0) fetch(0);
+    RowDecays<T, Form::rows, channels> decays(channel_rows.data + ChannelRows::size + 2 * ChannelKeys::size, call.policy, at, kv_head, position0, thread);
+    if (steps > 0) {
+        fetch(0);
+        if constexpr (channels > 0) {
+            decays.load(call.policy, at, kv_head, first_key(0));
+            decays.store(0);
+        }
+    }
     device::wait_for_copies();
     __syncthreads();
 
     const Shared16<T, Form::rows, dim> queries(q, 16 * m * warp, lane_id);
-    const RowDecay<m, channels> decay(call.policy, at, kv_head, position0 + 16 * m * warp + lane.group);
-
     float sum[m][dim / 8][4], shift[m][2], total[m][2];
     clear(sum);
 #pragma unroll
@@ -104,16 +109,18 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        if (step + 1 < steps) fetch(step + 1);
+        if (step + 1 < steps) {
+            fetch(step + 1);
+            if constexpr (channels > 0) decays.load(call.policy, at, kv_head, first_key(step + 1));
+        }
         const int j = first_key(step);
         const int low = position0 + 16 * m * warp, high = low + 16 * m - 1;
         if (j < call.mask.end_key(high, at.keys) && j + tile > call.mask.first_key(low)) {
             float s[m][tiles][4];
             clear(s);
             if constexpr (channels > 0) {
-                const auto tile_decay = decay.of_tile(call.policy, at, kv_head, j);
                 multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), 0, 0, lane_id);
-                decay.apply(s, tile_decay, call.policy, at, kv_head, position0 + 16 * m * warp + lane.group, j, lane.quad);
+                decays.apply(s, step, call.policy, at, kv_head, 16 * m * warp + lane.group, position0 + 16 * m * warp + lane.group, j, lane.quad);
             }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), 0, 0, lane_id);
             if (call.scale < 0.0f)
@@ -193,6 +200,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
             }
             multiply_rows<precision, tile>(sum, Rows16<precision, m, tile>(s), values(step).transposed(), 0, 0, lane_id);
         }
+        if constexpr (channels > 0) decays.store(step + 1);
         device::wait_for_copies();
         __syncthreads();
     }

@@ -243,74 +243,89 @@ __device__ void multiply_rows(float (&c)[m][tiles][4], const A& a, const B& b, i
 /// exp(g of a query - g of a key); 1 where the query is before the key, so that what a mask leaves out stays finite.
 __device__ inline float decay_of(double query, double key) { return exp2_of(fminf(static_cast<float>(query - key), 0.0f)); }
 
-/// What the decay since its first key makes of a tile of keys, for the rows of a lane.
-template <int m>
-struct TileDecay {
-    double first;  // g of the first key of the decay tile
-    bool steep;    // some keys of the tile are
-    float factor[m][2];
-};
+/// x[i][t][e] = f(i, t, e, x[i][t][e]) in a loop: slow, by way of memory, for what is rare and would cost the rest registers.
+template <int m, int tiles, class F>
+__device__ void each_apart(float (&x)[m][tiles][4], F&& f) {
+    float copy[m * tiles * 4];
+#pragma unroll
+    for (int n = 0; n < m * tiles * 4; ++n) copy[n] = x[n / (4 * tiles)][n / 4 % tiles][n % 4];
+#pragma unroll 1
+    for (int n = 0; n < m * tiles * 4; ++n) copy[n] = f(n / (4 * tiles), n / 4 % tiles, n % 4, copy[n]);
+#pragma unroll
+    for (int n = 0; n < m * tiles * 4; ++n) x[n / (4 * tiles)][n / 4 % tiles][n % 4] = copy[n];
+}
 
-/// g of a lane's rows of queries, at `position` + 16 i + 8 row.
-template <int m, int channels>
-struct RowDecay {
-    double g[m][2];
+/// What the decay since the first key of a decay tile makes of each row of queries of a block, for the tile of keys of a step
+/// and the next one, in shared memory. A thread makes that of its row, in the time that the products of a step take.
+template <class T, int rows, int channels>
+class RowDecays {
+  public:
+    static constexpr std::size_t bytes = channels > 0 ? 2 * (rows * sizeof(float) + 2 * sizeof(double)) : 0;
+
     template <class Policy>
-    __device__ RowDecay(const Policy& policy, const Place& at, int kv_head, int position) {
-#pragma unroll
-        for (int i = 0; i < m; ++i)
-#pragma unroll
-            for (int row = 0; row < 2; ++row)
-                g[i][row] = policy.g && at.keys > 0 ? policy.g(at.batch, at.key0 + min(position + 16 * i + 8 * row, at.keys - 1), kv_head) : 0.0;
+    __device__ RowDecays(void* memory, const Policy& policy, const Place& at, int kv_head, int first_position, int thread)
+        : ends_(static_cast<double*>(memory)), factors_(reinterpret_cast<float*>(ends_ + 4)), thread_(thread),
+          own_(g_of(policy, at, kv_head, first_position + thread)) {}
+
+    /// Begins with the step whose keys begin at j, and later ends.
+    template <class Policy>
+    __device__ void load(const Policy& policy, const Place& at, int kv_head, int j) {
+        const int tile = j / decay_tile * decay_tile;
+        first_ = g_of(policy, at, kv_head, tile);
+        last_ = g_of(policy, at, kv_head, tile + decay_tile - 1);
     }
-    /// Of the tile that begins at key j.
-    template <class Policy>
-    __device__ TileDecay<m> of_tile(const Policy& policy, const Place& at, int kv_head, int j) const {
-        TileDecay<m> tile{0.0, false, {}};
-        if (policy.g) {
-            const int first = j / decay_tile * decay_tile;
-            tile.first = policy.g(at.batch, at.key0 + first, kv_head);
-            tile.steep = Policy::steep(tile.first, policy.g(at.batch, at.key0 + min(first + decay_tile, at.keys) - 1, kv_head));
+    __device__ void store(int step) const {
+        if (thread_ < rows) factors_[step % 2 * rows + thread_] = decay_of(own_, first_);
+        if (thread_ == 0) {
+            ends_[step % 2 * 2] = first_;
+            ends_[step % 2 * 2 + 1] = last_;
+        }
+    }
+    /// Whether some keys of the step's decay tile are steep.
+    __device__ bool steep(int step) const { return Channels<T, channels>::steep(ends_[step % 2 * 2], ends_[step % 2 * 2 + 1]); }
+    __device__ float factor(int step, int row) const { return factors_[step % 2 * rows + row]; }
+
+    /// x[i][t][e] *= decay of its pair: a lane's rows from `row` on, at `position`, and columns of keys from j on.
+    template <int m, int tiles, class Policy>
+    __device__ void apply(float (&x)[m][tiles][4], int step, const Policy& policy, const Place& at, int kv_head, int row, int position, int j,
+                          int quad) const {
+        if (steep(step)) {
+            each_apart(x, [&](int i, int t, int e, float value) {
+                const double g = g_of(policy, at, kv_head, position + 16 * i + 8 * (e / 2)), key = g_of(policy, at, kv_head, j + 8 * t + 2 * quad + e % 2);
+                return value * (Policy::steep(ends_[step % 2 * 2], key) ? decay_of(g, key) : factor(step, row + 16 * i + 8 * (e / 2)));
+            });
+            return;
         }
 #pragma unroll
         for (int i = 0; i < m; ++i)
 #pragma unroll
-            for (int row = 0; row < 2; ++row) tile.factor[i][row] = decay_of(g[i][row], tile.first);
-        return tile;
+            for (int r = 0; r < 2; ++r) {
+                const float f = factor(step, row + 16 * i + 8 * r);
+#pragma unroll
+                for (int t = 0; t < tiles; ++t) {
+                    x[i][t][2 * r] *= f;
+                    x[i][t][2 * r + 1] *= f;
+                }
+            }
     }
-    /// Of a query at `position`, row (i, row), and a key of a steep tile.
+
+  private:
+    /// Of a position, the last one where there is none.
     template <class Policy>
-    __device__ float of_pair(const TileDecay<m>& tile, const Policy& policy, const Place& at, int kv_head, int i, int row, int position, int key) const {
-        if (key > position || key >= at.keys) return 0.0f;
-        const double here = policy.g(at.batch, at.key0 + key, kv_head);
-        return Policy::steep(tile.first, here) ? decay_of(g[i][row], here) : tile.factor[i][row];
+    static __device__ double g_of(const Policy& policy, const Place& at, int kv_head, int position) {
+        return policy.g && at.keys > 0 ? policy.g(at.batch, at.key0 + min(max(position, 0), at.keys - 1), kv_head) : 0.0;
     }
-    /// x[i][t][e] *= decay of its pair; keys are columns, from j on.
-    template <int tiles, class Policy>
-    __device__ void apply(float (&x)[m][tiles][4], const TileDecay<m>& tile, const Policy& policy, const Place& at, int kv_head, int position,
-                          int j, int quad) const {
-        if (!tile.steep) {
-#pragma unroll
-            for (int i = 0; i < m; ++i)
-#pragma unroll
-                for (int t = 0; t < tiles; ++t)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) x[i][t][e] *= tile.factor[i][e / 2];
-        } else {
-#pragma unroll
-            for (int i = 0; i < m; ++i)
-#pragma unroll
-                for (int t = 0; t < tiles; ++t)
-#pragma unroll
-                    for (int e = 0; e < 4; ++e)
-                        x[i][t][e] *= of_pair(tile, policy, at, kv_head, i, e / 2, position + 16 * i + 8 * (e / 2), j + 8 * t + 2 * quad + e % 2);
-        }
-    }
+    double* ends_;
+    float* factors_;
+    int thread_;
+    double own_, first_ = 0.0, last_ = 0.0;
 };
-template <int m>
-struct RowDecay<m, 0> {
+template <class T, int rows>
+class RowDecays<T, rows, 0> {
+  public:
+    static constexpr std::size_t bytes = 0;
     template <class... Unused>
-    __device__ explicit RowDecay(const Unused&...) {}
+    __device__ explicit RowDecays(const Unused&...) {}
 };
 
 template <int m, int tiles>
