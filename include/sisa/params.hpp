@@ -67,10 +67,10 @@ struct Shape {
     Index state_dim = 0;    // ds, even; 0 is plain attention
     Index sequences = -1;   // S
 
-    constexpr bool packed() const { return sequences >= 0; }
-    constexpr Index group() const { return kv_heads > 0 ? query_heads / kv_heads : 1; }
+    INTERSTATE_HD constexpr bool packed() const { return sequences >= 0; }
+    INTERSTATE_HD constexpr Index group() const { return kv_heads > 0 ? query_heads / kv_heads : 1; }
     /// Pairs of channels that turn together, ds / 2.
-    constexpr Index pairs() const { return state_dim / 2; }
+    INTERSTATE_HD constexpr Index pairs() const { return state_dim / 2; }
     /// Whether the tensors of the importance term must be there.
     constexpr Need importance() const { return state_dim > 0 ? Need::required : Need::optional; }
 };

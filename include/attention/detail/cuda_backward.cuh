@@ -82,32 +82,36 @@ class ColumnDecays {
         first_ = g_of(policy, at, here * decay_tile);
         steep_ = Policy::steep(first_, g_of(policy, at, here * decay_tile + decay_tile - 1));
     }
-    /// Begins with the step whose first query stands at `position`, and later ends.
+    /// Begins with the step whose first query, of `head`, stands at `position`, and later ends.
     template <class Policy>
-    __device__ void load(const Policy& policy, const Place& at, int position) {
+    __device__ void load(const Policy& policy, const Place& at, int head, int position) {
         query_ = g_of(policy, at, position + thread_ % tile);
+        strength_ = policy.strength(head);
     }
     __device__ void store(int step) const {
-        if (thread_ < count) factors_[step % 2 * count + thread_] = decay_of(query_, own_);
+        if (thread_ < count) factors_[step % 2 * count + thread_] = strength_ * decay_of(query_, own_);
     }
-    /// x[i][t][e] *= decay of its pair: a lane's rows of keys from `key` on, columns n .. of the step, the first at `position`.
+    /// x[i][t][e] *= times, strength and the decay of its pair: a lane's rows of keys from `key` on, columns n .. of the step,
+    /// queries of `head`, the first at `position`.
     template <int m, int tiles, class Policy>
-    __device__ void apply(float (&x)[m][tiles][4], int step, int n, const Policy& policy, const Place& at, int key, int position, int quad) const {
+    __device__ void apply(float (&x)[m][tiles][4], float times, int step, int n, const Policy& policy, const Place& at, int head, int key,
+                          int position, int quad) const {
         const float* const factors = factors_ + step % 2 * count + tile_ * tile + n + 2 * quad;
         if (steep_) {
             each_apart(x, [&](int i, int t, int e, float value) {
                 const double g = g_of(policy, at, key + 16 * i + 8 * (e / 2));
-                return value * (Policy::steep(first_, g) ? decay_of(g_of(policy, at, position + 8 * t + 2 * quad + e % 2), g) : factors[8 * t + e % 2]);
+                return value * (times * (Policy::steep(first_, g) ? policy.strength(head) * decay_of(g_of(policy, at, position + 8 * t + 2 * quad + e % 2), g) : factors[8 * t + e % 2]));
             });
             return;
         }
 #pragma unroll
         for (int t = 0; t < tiles; ++t) {
             const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * t);
+            const float even = times * factor.x, odd = times * factor.y;
 #pragma unroll
             for (int i = 0; i < m; ++i)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) x[i][t][e] *= e % 2 == 0 ? factor.x : factor.y;
+                for (int e = 0; e < 4; ++e) x[i][t][e] *= e % 2 == 0 ? even : odd;
         }
     }
 
@@ -119,6 +123,7 @@ class ColumnDecays {
     float* factors_;
     int thread_;
     double first_, own_, query_ = 0.0;
+    float strength_ = 0.0f;
     int tile_;
     bool steep_;
 };
@@ -228,6 +233,8 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
     clear(sum);
     clear(sum_c);
     const float c = call.scale * float(log2_e), larger = is_half ? half_gradients(*up.range) : 1.0f, scale = call.scale / larger;
+    float strength = 0.0f;
+    if constexpr (channels > 0) strength = call.policy.strength(at.head) / call.scale;
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -246,7 +253,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
             const int row = 16 * m * warp + lane.group;
             if constexpr (channels > 0) {
                 multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), n, 0, lane_id);
-                decays.apply(s, step, call.policy, at, kv_head, row, position, j, lane.quad);
+                decays.apply(s, strength, step, call.policy, at, kv_head, row, position, j, lane.quad);
             }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, douts, values(step).as_stored(), n, 0, lane_id);
@@ -286,7 +293,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
             multiply_rows<precision, part>(sum, Rows16<precision, m, part>(dp), keys(step).transposed(), 0, n, lane_id);
             if constexpr (channels > 0) {
                 const bool steep = decays.steep(step);
-                if (steep) decays.apply(dp, step, call.policy, at, kv_head, row, position, j, lane.quad);
+                if (steep) decays.apply(dp, 1.0f, step, call.policy, at, kv_head, row, position, j, lane.quad);
                 float of_tile[m][channels / 8][4];
                 clear(of_tile);
                 multiply_rows<precision, part>(of_tile, Rows16<precision, m, part>(dp), channel_keys(step).transposed(), 0, n, lane_id);
@@ -315,7 +322,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
                 device::put_pair(q.at(16 * (m * warp + i) + lane.group + 4 * e, 8 * t + 2 * lane.quad), sum[i][t][e] * scale,
                                  sum[i][t][e + 1] * scale);
     __syncthreads();
-    q.template copy_out<threads>({dq, at.batch, at.query0 + at.first, at.head, count, wide_dq}, thread);
+    if (dq) q.template copy_out<threads>({dq, at.batch, at.query0 + at.first, at.head, count, wide_dq}, thread);
     if constexpr (channels > 0)
 #pragma unroll
         for (int i = 0; i < m; ++i)
@@ -326,7 +333,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
 #pragma unroll
                 for (int t = 0; t < channels / 8; ++t)
                     *reinterpret_cast<float2*>(&call.policy.dc(at.batch, at.query0 + at.first + r, at.head, 8 * t + 2 * lane.quad)) =
-                        make_float2(sum_c[i][t][e] * scale, sum_c[i][t][e + 1] * scale);
+                        make_float2(sum_c[i][t][e] / larger, sum_c[i][t][e + 1] / larger);
             }
 }
 
@@ -370,7 +377,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
         douts(step).template copy_in<threads>({up.dout, at.batch, at.query0 + i, head, there, up.wide_dout}, thread);
         if constexpr (channels > 0) {
             channel_queries(step).template copy_in<threads>({call.policy.c, at.batch, at.query0 + i, head, there, true}, thread);
-            decays.load(call.policy, at, i + offset);
+            decays.load(call.policy, at, head, i + offset);
         }
         if (thread < tile) {
             RowStatistics<float>* const to = statistics + step % 2 * tile + thread;
@@ -400,6 +407,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     clear(sum_b);
     const float c = call.scale * float(log2_e), larger = is_half ? half_gradients(*up.range) : 1.0f;
     const float scale_k = call.scale / larger, scale_v = is_half ? 1.0f / half_weights : 1.0f;
+    const float over_scale = 1.0f / call.scale;
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
@@ -415,7 +423,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
             clear(dp);
             if constexpr (channels > 0) {
                 multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_queries(step).as_stored(), n, 0, lane_id);
-                if (call.policy.g) decays.apply(s, step, n, call.policy, at, low + lane.group, first, lane.quad);
+                decays.apply(s, over_scale, step, n, call.policy, at, at.head * group + step / of_head, low + lane.group, first, lane.quad);
             }
             multiply_rows<precision, dim>(s, keys, queries(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, values, douts(step).as_stored(), n, 0, lane_id);
@@ -463,7 +471,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
             multiply_rows<precision, part>(sum_v, Rows16<precision, m, part>(s), douts(step).transposed(), column0, n, lane_id);
             multiply_rows<precision, part>(sum_k, Rows16<precision, m, part>(dp), queries(step).transposed(), column0, n, lane_id);
             if constexpr (channels > 0) {
-                if (call.policy.g) decays.apply(dp, step, n, call.policy, at, low + lane.group, first, lane.quad);
+                decays.apply(dp, 1.0f, step, n, call.policy, at, at.head * group + step / of_head, low + lane.group, first, lane.quad);
                 multiply_rows<precision, part>(sum_b, Rows16<precision, m, part>(dp), channel_queries(step).transposed(), 0, n, lane_id);
             }
         }
@@ -496,7 +504,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
 #pragma unroll
                 for (int t = 0; t < channels / 8; ++t)
                     *reinterpret_cast<float2*>(&call.policy.db(at.batch, at.key0 + at.first + r, at.head, 8 * t + 2 * lane.quad)) =
-                        make_float2(sum_b[i][t][e] * scale_k, sum_b[i][t][e + 1] * scale_k);
+                        make_float2(sum_b[i][t][e] / larger, sum_b[i][t][e + 1] / larger);
             }
     }
 }

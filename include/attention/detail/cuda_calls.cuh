@@ -24,7 +24,7 @@ inline namespace INTERSTATE_KERNELS {
 
 /// Calls f(std::integral_constant<int, dim>) with the columns of the tiles that hold a head, 64, 128 or 256; 0 asks for the
 /// simple kernels: float64, wider heads, and a GPU without the shared memory that `Form` wants.
-template <class T, template <class, int> class Form, class F>
+template <class T, template <class, int, int> class Form, class F>
 Status dispatch_dim(const Shape& s, F&& f) {
     if constexpr (std::is_same_v<T, f64>) {
         return f(std::integral_constant<int, 0>{});
@@ -33,31 +33,36 @@ Status dispatch_dim(const Shape& s, F&& f) {
         INTERSTATE_RETURN_IF_ERROR(shared_memory_limit(limit));
         return dispatch_size<64, 128, 256>(s.head_dim > s.value_dim ? s.head_dim : s.value_dim, [&](auto dim) -> Status {
             if constexpr (dim > 0)
-                if (Form<T, dim>::shared <= limit) return f(dim);
+                if (Form<T, dim, 0>::shared <= limit) return f(dim);
             return f(std::integral_constant<int, 0>{});
         });
     }
 }
 
-template <class T, class Policy>
-Status run_forward(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, const Policy& policy) {
+/// Forward in tiles of `dim` columns, or by the simple kernel (0).
+template <class T, int dim, class Policy>
+Status launch_forward(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, const Policy& policy) {
     const auto call = call_of(options, in, policy);
     const Shape& s = call.shape;
-    return dispatch_dim<T, ForwardForm>(s, [&](auto dim) -> Status {
-        if constexpr (dim == 0) {
-            const Index blocks = s.batch * s.queries * s.query_heads;
-            INTERSTATE_RETURN_IF_ERROR(check_blocks(blocks));
-            return launch(exec, "attention.cuda.simple forward", simple_forward_kernel<T, Policy>,
-                          {dim3(static_cast<unsigned>(blocks)), dim3(simple_threads)}, call, out.o, out.lse);
-        } else {
-            using Form = ForwardForm<T, dim>;
-            const Tiling tiling(s, s.queries, s.query_heads, Form::rows);
-            INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks));
-            return launch(exec, "attention.cuda.tiled forward", call.softmax ? forward_kernel<T, dim, true, Policy> : forward_kernel<T, dim, false, Policy>,
-                          {dim3(static_cast<unsigned>(tiling.blocks)), dim3(Form::threads), Form::shared}, call, tiling, out.o, out.lse,
-                          device::moves_wide(out.o, s.value_dim));
-        }
-    });
+    if constexpr (dim == 0) {
+        const Index blocks = s.batch * s.queries * s.query_heads;
+        INTERSTATE_RETURN_IF_ERROR(check_blocks(blocks));
+        return launch(exec, "attention.cuda.simple forward", simple_forward_kernel<T, Policy>,
+                      {dim3(static_cast<unsigned>(blocks)), dim3(simple_threads)}, call, out.o, out.lse);
+    } else {
+        using Form = ForwardForm<T, dim, Policy::channels>;
+        const Tiling tiling(s, s.queries, s.query_heads, Form::rows);
+        INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks));
+        return launch(exec, "attention.cuda.tiled forward",
+                      call.softmax ? forward_kernel<T, dim, true, Policy> : forward_kernel<T, dim, false, Policy>,
+                      {dim3(static_cast<unsigned>(tiling.blocks)), dim3(Form::threads), Form::shared}, call, tiling, out.o, out.lse,
+                      device::moves_wide(out.o, s.value_dim));
+    }
+}
+
+template <class T, class Policy>
+Status run_forward(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, const Policy& policy) {
+    return dispatch_dim<T, ForwardForm>(shape_of(in), [&](auto dim) { return launch_forward<T, dim>(exec, options, in, out, policy); });
 }
 
 template <class T>
@@ -85,50 +90,62 @@ Status make_statistics(const cuda& exec, const Options& options, const Inputs<T>
     return {};
 }
 
+template <class T, int dim, class Policy>
+Status launch_query_gradient(const cuda& exec, const Options& options, const Inputs<T>& in, const Upstream<T>& upstream,
+                             const BackwardWorkspace<acc_t<T>>& memory, const Grads<T>& grads, const Policy& policy) {
+    const auto call = call_of(options, in, policy);
+    const Shape& s = call.shape;
+    if constexpr (dim == 0) {
+        const Index blocks = s.batch * s.queries * s.query_heads;
+        INTERSTATE_RETURN_IF_ERROR(check_blocks(blocks));
+        return launch(exec, "attention.cuda.simple dq", simple_query_gradient_kernel<T, Policy>,
+                      {dim3(static_cast<unsigned>(blocks)), dim3(simple_threads)}, call, upstream.o, memory.statistics, grads.q);
+    } else {
+        using Form = QueryForm<T, dim, Policy::channels>;
+        const Tiling tiling(s, s.queries, s.query_heads, Form::rows);
+        const BackwardCall<T> up{upstream.o, memory.statistics, memory.range, device::moves_wide(upstream.o, s.value_dim)};
+        INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks));
+        return launch(exec, "attention.cuda.tiled dq",
+                      call.softmax ? query_gradient_kernel<T, dim, true, Policy> : query_gradient_kernel<T, dim, false, Policy>,
+                      {dim3(static_cast<unsigned>(tiling.blocks)), dim3(Form::threads), Form::shared}, call, up, tiling, grads.q,
+                      device::moves_wide(grads.q, s.head_dim));
+    }
+}
+
 template <class T, class Policy>
 Status run_query_gradient(const cuda& exec, const Options& options, const Inputs<T>& in, const Upstream<T>& upstream,
                           const BackwardWorkspace<acc_t<T>>& memory, const Grads<T>& grads, const Policy& policy) {
+    return dispatch_dim<T, QueryForm>(shape_of(in),
+                                      [&](auto dim) { return launch_query_gradient<T, dim>(exec, options, in, upstream, memory, grads, policy); });
+}
+
+template <class T, int dim, class Policy>
+Status launch_key_gradient(const cuda& exec, const Options& options, const Inputs<T>& in, const Upstream<T>& upstream,
+                           const BackwardWorkspace<acc_t<T>>& memory, const Grads<T>& grads, const Policy& policy) {
     const auto call = call_of(options, in, policy);
     const Shape& s = call.shape;
-    return dispatch_dim<T, QueryForm>(s, [&](auto dim) -> Status {
-        if constexpr (dim == 0) {
-            const Index blocks = s.batch * s.queries * s.query_heads;
-            INTERSTATE_RETURN_IF_ERROR(check_blocks(blocks));
-            return launch(exec, "attention.cuda.simple dq", simple_query_gradient_kernel<T, Policy>,
-                          {dim3(static_cast<unsigned>(blocks)), dim3(simple_threads)}, call, upstream.o, memory.statistics, grads.q);
-        } else {
-            using Form = QueryForm<T, dim>;
-            const Tiling tiling(s, s.queries, s.query_heads, Form::rows);
-            const BackwardCall<T> up{upstream.o, memory.statistics, memory.range, device::moves_wide(upstream.o, s.value_dim)};
-            INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks));
-            return launch(exec, "attention.cuda.tiled dq", call.softmax ? query_gradient_kernel<T, dim, true, Policy> : query_gradient_kernel<T, dim, false, Policy>,
-                          {dim3(static_cast<unsigned>(tiling.blocks)), dim3(Form::threads), Form::shared}, call, up, tiling, grads.q,
-                          device::moves_wide(grads.q, s.head_dim));
-        }
-    });
+    if constexpr (dim == 0) {
+        const Index blocks = s.batch * s.keys * s.kv_heads;
+        INTERSTATE_RETURN_IF_ERROR(check_blocks(blocks));
+        return launch(exec, "attention.cuda.simple dk dv", simple_key_gradient_kernel<T, Policy>,
+                      {dim3(static_cast<unsigned>(blocks)), dim3(simple_threads)}, call, upstream.o, memory.statistics, grads.k, grads.v);
+    } else {
+        using Form = KeyForm<T, dim, Policy::channels>;
+        const Tiling tiling(s, s.keys, s.kv_heads, Form::rows);
+        const BackwardCall<T> up{upstream.o, memory.statistics, memory.range, device::moves_wide(upstream.o, s.value_dim)};
+        INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks * Form::shares));
+        return launch(exec, "attention.cuda.tiled dk dv",
+                      call.softmax ? key_gradient_kernel<T, dim, true, Policy> : key_gradient_kernel<T, dim, false, Policy>,
+                      {dim3(static_cast<unsigned>(tiling.blocks * Form::shares)), dim3(Form::threads), Form::shared}, call, up, tiling,
+                      grads.k, grads.v, device::moves_wide(grads.k, s.head_dim), device::moves_wide(grads.v, s.value_dim));
+    }
 }
 
 template <class T, class Policy>
 Status run_key_gradient(const cuda& exec, const Options& options, const Inputs<T>& in, const Upstream<T>& upstream,
                         const BackwardWorkspace<acc_t<T>>& memory, const Grads<T>& grads, const Policy& policy) {
-    const auto call = call_of(options, in, policy);
-    const Shape& s = call.shape;
-    return dispatch_dim<T, KeyForm>(s, [&](auto dim) -> Status {
-        if constexpr (dim == 0) {
-            const Index blocks = s.batch * s.keys * s.kv_heads;
-            INTERSTATE_RETURN_IF_ERROR(check_blocks(blocks));
-            return launch(exec, "attention.cuda.simple dk dv", simple_key_gradient_kernel<T, Policy>,
-                          {dim3(static_cast<unsigned>(blocks)), dim3(simple_threads)}, call, upstream.o, memory.statistics, grads.k, grads.v);
-        } else {
-            using Form = KeyForm<T, dim>;
-            const Tiling tiling(s, s.keys, s.kv_heads, Form::rows);
-            const BackwardCall<T> up{upstream.o, memory.statistics, memory.range, device::moves_wide(upstream.o, s.value_dim)};
-            INTERSTATE_RETURN_IF_ERROR(check_blocks(tiling.blocks * Form::shares));
-            return launch(exec, "attention.cuda.tiled dk dv", call.softmax ? key_gradient_kernel<T, dim, true, Policy> : key_gradient_kernel<T, dim, false, Policy>,
-                          {dim3(static_cast<unsigned>(tiling.blocks * Form::shares)), dim3(Form::threads), Form::shared}, call, up, tiling,
-                          grads.k, grads.v, device::moves_wide(grads.k, s.head_dim), device::moves_wide(grads.v, s.value_dim));
-        }
-    });
+    return dispatch_dim<T, KeyForm>(shape_of(in),
+                                    [&](auto dim) { return launch_key_gradient<T, dim>(exec, options, in, upstream, memory, grads, policy); });
 }
 
 }  // namespace INTERSTATE_KERNELS

@@ -105,6 +105,8 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
         }
     // Scores as they leave the product are s / scale; the sign of the scale is put into them.
     const float c = fabsf(call.scale) * float(log2_e);
+    float strength = 0.0f;
+    if constexpr (channels > 0) strength = call.policy.strength(at.head) / call.scale;
     const float bias = !softmax ? call.bias(at.head) * float(log2_e) : 0.0f;
 
 #pragma unroll 1
@@ -120,7 +122,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
             clear(s);
             if constexpr (channels > 0) {
                 multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), 0, 0, lane_id);
-                decays.apply(s, step, call.policy, at, kv_head, 16 * m * warp + lane.group, position0 + 16 * m * warp + lane.group, j, lane.quad);
+                decays.apply(s, strength, step, call.policy, at, kv_head, 16 * m * warp + lane.group, position0 + 16 * m * warp + lane.group, j, lane.quad);
             }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), 0, 0, lane_id);
             if (call.scale < 0.0f)

@@ -33,6 +33,22 @@ __device__ A dot(const View<const T, 4>& x, Index b, Index i, Index h, const Vie
     return sum;
 }
 
+/// A policy's channels for the simple kernels, any number of them, stored without decay.
+template <class T>
+struct GeneralChannels {
+    using A = acc_t<T>;
+    static constexpr bool adds_term = false;
+    static constexpr int channels = -1;
+    View<const T, 4> c, b;        // (B, Lq, Hq, ds), (B, Lk, Hkv, ds)
+    View<const double, 3> g;      // as Channels
+    View<const A, 1> strength;    // (Hq)
+    View<A, 4> dc, db;
+    /// exp(g of a query - g of a key), rows of the key tensors.
+    __device__ A decay(Index batch, Index query, Index key, Index kv) const {
+        return g ? static_cast<A>(exp2(g(batch, query, kv) - g(batch, key, kv))) : A(1);
+    }
+};
+
 /// A block's row of an axis of `rows`, in one head.
 __device__ inline bool find_row(Place& at, const Shape& s, const View<const std::int32_t, 1>& cu, Index rows, Index heads, Index block) {
     const Index row = block % rows;
@@ -55,6 +71,12 @@ __device__ inline bool find_row(Place& at, const Shape& s, const View<const std:
     at.queries = at.keys = static_cast<int>(range.end - range.begin);
     at.first = static_cast<int>(row - range.begin);
     return true;
+}
+
+template <class Policy>
+__device__ Index channels_of(const Policy& policy) {
+    if constexpr (Policy::channels != 0) return policy.c.extent[3];
+    return 0;
 }
 
 /// What s and dp of one pair of rows become (eq. 2 and 9, or 3 and 10): `lse2` is the bias, in powers of two, of a sigmoid.
@@ -91,6 +113,9 @@ __global__ __launch_bounds__(simple_threads) void simple_forward_kernel(const __
             if (j < end) {
                 s = dot<A>(call.in.q, at.batch, row, at.head, call.in.k, at.key0 + j, kv) * c;
                 if constexpr (Policy::adds_term) s += static_cast<A>(call.policy.score_term(at.head, position, j) * log2_e);
+                if constexpr (Policy::channels != 0)
+                    s += static_cast<A>(log2_e) * call.policy.strength(at.head) * call.policy.decay(at.batch, at.key0 + position, at.key0 + j, kv) *
+                         dot<A>(call.policy.c, at.batch, row, at.head, call.policy.b, at.key0 + j, kv);
             }
             A shrink = 1;
             if (call.softmax) {
@@ -122,7 +147,7 @@ __global__ __launch_bounds__(simple_threads) void simple_query_gradient_kernel(c
                                                                               const View<const T, 4> dout,
                                                                               const RowStatistics<acc_t<T>>* statistics, const View<T, 4> dq) {
     using A = acc_t<T>;
-    __shared__ A gradients[simple_threads];
+    __shared__ A gradients[simple_threads], decayed[simple_threads];
     Place at;
     if (!find_row(at, call.shape, call.in.cu_seqlens, call.shape.queries, call.shape.query_heads, blockIdx.x)) return;
     const Index kv = at.head / call.shape.group(), row = at.query0 + at.first;
@@ -130,9 +155,10 @@ __global__ __launch_bounds__(simple_threads) void simple_query_gradient_kernel(c
     const A c = static_cast<A>(call.scale * log2_e);
     RowStatistics<A> x{call.softmax ? A(0) : static_cast<A>(call.bias(at.head) * log2_e), A(0)};
     if (call.softmax) x = statistics[(at.batch * call.shape.query_heads + at.head) * call.shape.queries + row];
-    for (Index first = 0; first < dq.extent[3]; first += simple_threads) {
+    const Index wide_q = dq ? dq.extent[3] : 0, columns = channels_of(call.policy) > wide_q ? channels_of(call.policy) : wide_q;
+    for (Index first = 0; first < columns; first += simple_threads) {
         const Index column = first + threadIdx.x;
-        A sum = 0;
+        A sum = 0, sum_c = 0;
         for (int j0 = begin; j0 < end; j0 += simple_threads) {
             const int j = j0 + static_cast<int>(threadIdx.x), there = min(simple_threads, end - j0);
             __syncthreads();
@@ -140,14 +166,25 @@ __global__ __launch_bounds__(simple_threads) void simple_query_gradient_kernel(c
                 A s = dot<A>(call.in.q, at.batch, row, at.head, call.in.k, at.key0 + j, kv);
                 A dp = dot<A>(dout, at.batch, row, at.head, call.in.v, at.key0 + j, kv);
                 if constexpr (Policy::adds_term) s += static_cast<A>(call.policy.score_term(at.head, position, j) / call.scale);
+                A decay = 0;
+                if constexpr (Policy::channels != 0) {
+                    decay = call.policy.decay(at.batch, at.key0 + position, at.key0 + j, kv);
+                    s += call.policy.strength(at.head) / call.scale * decay * dot<A>(call.policy.c, at.batch, row, at.head, call.policy.b, at.key0 + j, kv);
+                }
                 weigh_simply(call.softmax, s, dp, c, x.lse2, x.minus);
                 gradients[threadIdx.x] = dp;
+                decayed[threadIdx.x] = dp * decay;
             }
             __syncthreads();
-            if (column < dq.extent[3])
+            if constexpr (Policy::channels != 0)
+                if (column < channels_of(call.policy))
+                    for (int i = 0; i < there; ++i) sum_c += decayed[i] * device::load_as<A>(call.policy.b(at.batch, at.key0 + j0 + i, kv, column));
+            if (column < wide_q)
                 for (int i = 0; i < there; ++i) sum += gradients[i] * device::load_as<A>(call.in.k(at.batch, at.key0 + j0 + i, kv, column));
         }
-        if (column < dq.extent[3]) dq(at.batch, row, at.head, column) = device::store_as<T>(sum * static_cast<A>(call.scale));
+        if constexpr (Policy::channels != 0)
+            if (column < channels_of(call.policy)) call.policy.dc(at.batch, row, at.head, column) = sum_c;
+        if (column < wide_q) dq(at.batch, row, at.head, column) = device::store_as<T>(sum * static_cast<A>(call.scale));
     }
 }
 
@@ -157,17 +194,18 @@ __global__ __launch_bounds__(simple_threads) void simple_key_gradient_kernel(con
                                                                             const RowStatistics<acc_t<T>>* statistics, const View<T, 4> dk,
                                                                             const View<T, 4> dv) {
     using A = acc_t<T>;
-    __shared__ A weights[simple_threads], gradients[simple_threads];
+    __shared__ A weights[simple_threads], gradients[simple_threads], decayed[simple_threads];
     Place at;
     if (!find_row(at, call.shape, call.in.cu_seqlens, call.shape.keys, call.shape.kv_heads, blockIdx.x)) return;
     const Index kv = at.head, row = at.key0 + at.first, group = call.shape.group();
     const int begin = max(call.mask.first_position(at.first) - at.offset(), 0),
               end = min(call.mask.end_position(at.first, at.keys) - at.offset(), at.queries);
     const A c = static_cast<A>(call.scale * log2_e);
-    const Index wide_k = dk ? dk.extent[3] : 0, wide_v = dv ? dv.extent[3] : 0, columns = wide_k > wide_v ? wide_k : wide_v;
+    const Index wide_k = dk ? dk.extent[3] : 0, wide_v = dv ? dv.extent[3] : 0, wide_b = channels_of(call.policy),
+                columns = max(max(wide_k, wide_v), wide_b);
     for (Index first = 0; first < columns; first += simple_threads) {
         const Index column = first + threadIdx.x;
-        A sum_k = 0, sum_v = 0;
+        A sum_k = 0, sum_v = 0, sum_b = 0;
         for (Index h = kv * group; h < (kv + 1) * group; ++h)
             for (int i0 = begin; i0 < end; i0 += simple_threads) {
                 const int i = i0 + static_cast<int>(threadIdx.x), there = min(simple_threads, end - i0);
@@ -178,18 +216,28 @@ __global__ __launch_bounds__(simple_threads) void simple_key_gradient_kernel(con
                     if constexpr (Policy::adds_term) s += static_cast<A>(call.policy.score_term(static_cast<int>(h), i + at.offset(), at.first) / call.scale);
                     RowStatistics<A> x{call.softmax ? A(0) : static_cast<A>(call.bias(static_cast<int>(h)) * log2_e), A(0)};
                     if (call.softmax) x = statistics[(at.batch * call.shape.query_heads + h) * call.shape.queries + query];
+                    A decay = 0;
+                    if constexpr (Policy::channels != 0) {
+                        decay = call.policy.strength(h) * call.policy.decay(at.batch, at.key0 + i + at.offset(), row, kv);
+                        s += decay / call.scale * dot<A>(call.policy.c, at.batch, query, h, call.policy.b, row, kv);
+                    }
                     weigh_simply(call.softmax, s, dp, c, x.lse2, x.minus);
                     weights[threadIdx.x] = s;
                     gradients[threadIdx.x] = dp;
+                    decayed[threadIdx.x] = dp * decay;
                 }
                 __syncthreads();
                 for (int n = 0; n < there; ++n) {
                     if (column < wide_k) sum_k += gradients[n] * device::load_as<A>(call.in.q(at.batch, at.query0 + i0 + n, h, column));
                     if (column < wide_v) sum_v += weights[n] * device::load_as<A>(dout(at.batch, at.query0 + i0 + n, h, column));
+                    if constexpr (Policy::channels != 0)
+                        if (column < wide_b) sum_b += decayed[n] * device::load_as<A>(call.policy.c(at.batch, at.query0 + i0 + n, h, column));
                 }
             }
         if (column < wide_k) dk(at.batch, row, kv, column) = device::store_as<T>(sum_k * static_cast<A>(call.scale));
         if (column < wide_v) dv(at.batch, row, kv, column) = device::store_as<T>(sum_v);
+        if constexpr (Policy::channels != 0)
+            if (column < wide_b) call.policy.db(at.batch, row, kv, column) = sum_b;
     }
 }
 

@@ -124,15 +124,19 @@ struct Plain {
     /// axis of their sequence.
     ///     __device__ float score_term(int head, int query_position, int key_position) const;
     static constexpr bool adds_term = false;
-    /// score[i,j] += scale exp(g[i] - g[j]) C[i].B[j] with as many channels (docs/ops/attention.md); see Channels.
+    /// score[i,j] += strength exp(g[i] - g[j]) C[i].B[j] with as many channels (docs/ops/attention.md); see Channels.
     static constexpr int channels = 0;
 };
 
 /// Tokens whose decay is measured from the first of them, counted from the beginning of their sequence.
 inline constexpr int decay_tile = 64;
 
+/// How far g may fall inside a decay tile, in powers of two, before keys are steep.
+template <class T>
+inline constexpr float decay_limit = std::is_same_v<T, f16> ? 1.0f : 80.0f;
+
 /// A policy's channels as the kernels read them. B is stored with the decay since the first key of its tile in it, exp(g[first] -
-/// g[j]) B[j], as long as that is no more than 2^limit; keys from there to the end of the tile, `steep` ones, are stored as they
+/// g[j]) B[j], as long as that is no more than 2^decay_limit; keys from there to the end of the tile, `steep` ones, are stored as they
 /// are, and their decay is formed pair by pair. What is stored, and how it is used, depends on nothing behind the key: changes
 /// of later tokens change no bit.
 template <class T, int count>
@@ -142,10 +146,10 @@ struct Channels {
     View<const T, 4> c;                     // (B, Lq, Hq, count)
     View<const T, 4> b;                     // (B, Lk, Hkv, count)
     View<const double, 3> g;                // (B, Lk, Hkv), in powers of two, never increasing; null: no decay
-    View<float, 4> dc, db;                  // gradients of what is stored, over scale; backward
+    View<const float, 1> strength;          // (Hq)
+    View<float, 4> dc, db;                  // of c, over strength, and of b as it is stored; backward
 
-    static constexpr float limit = std::is_same_v<T, f16> ? 1.0f : 80.0f;
-    static __device__ bool steep(double first, double here) { return first - here > static_cast<double>(limit); }
+    static __device__ bool steep(double first, double here) { return first - here > static_cast<double>(decay_limit<T>); }
 };
 
 /// 2^x.
@@ -285,14 +289,15 @@ class RowDecays {
     __device__ bool steep(int step) const { return Channels<T, channels>::steep(ends_[step % 2 * 2], ends_[step % 2 * 2 + 1]); }
     __device__ float factor(int step, int row) const { return factors_[step % 2 * rows + row]; }
 
-    /// x[i][t][e] *= decay of its pair: a lane's rows from `row` on, at `position`, and columns of keys from j on.
+    /// x[i][t][e] *= strength times the decay of its pair: a lane's rows from `row` on, at `position`, and columns of keys from
+    /// j on.
     template <int m, int tiles, class Policy>
-    __device__ void apply(float (&x)[m][tiles][4], int step, const Policy& policy, const Place& at, int kv_head, int row, int position, int j,
-                          int quad) const {
+    __device__ void apply(float (&x)[m][tiles][4], float strength, int step, const Policy& policy, const Place& at, int kv_head, int row,
+                          int position, int j, int quad) const {
         if (steep(step)) {
             each_apart(x, [&](int i, int t, int e, float value) {
                 const double g = g_of(policy, at, kv_head, position + 16 * i + 8 * (e / 2)), key = g_of(policy, at, kv_head, j + 8 * t + 2 * quad + e % 2);
-                return value * (Policy::steep(ends_[step % 2 * 2], key) ? decay_of(g, key) : factor(step, row + 16 * i + 8 * (e / 2)));
+                return value * (strength * (Policy::steep(ends_[step % 2 * 2], key) ? decay_of(g, key) : factor(step, row + 16 * i + 8 * (e / 2))));
             });
             return;
         }
@@ -300,7 +305,7 @@ class RowDecays {
         for (int i = 0; i < m; ++i)
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const float f = factor(step, row + 16 * i + 8 * r);
+                const float f = strength * factor(step, row + 16 * i + 8 * r);
 #pragma unroll
                 for (int t = 0; t < tiles; ++t) {
                     x[i][t][2 * r] *= f;
