@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../support/isas.hpp"
+#include "../support/sanitized.hpp"
 #include "case.hpp"
 
 namespace {
@@ -165,7 +166,11 @@ TYPED_TEST(AttentionCpu, MatchesTheReference) {
         {{.Lq = 270, .Lk = 270, .Hq = 24, .Hkv = 24, .dh = 4, .dv = 4}, band},
         {{.Lq = 600, .Lk = 600, .Hq = 32, .Hkv = 32, .dh = 4, .dv = 4, .cu = {5, 270, 271, 590}}, causal},
     };
+    bool had_large = false;
     for (const Problem& p : problems) {
+        const bool large = p.sizes.Hq >= 24;
+        if (test::sanitized && large && (had_large || !std::is_same_v<TypeParam, float>)) continue;
+        had_large |= large;
         SCOPED_TRACE(describe(p.sizes, p.options));
         Case<TypeParam> c(p.sizes, p.options, 5);
         c.with_bias = p.bias;
@@ -183,11 +188,14 @@ TYPED_TEST(AttentionCpu, MatchesTheReference) {
 }
 
 TYPED_TEST(AttentionCpu, SameBitsForAnyNumberOfThreads) {
+    const Index length = test::sanitized ? 270 : 530;  // two blocks of 256 rows or three
+    const Sizes large{.B = 8, .Lq = length, .Lk = length, .Hq = 8, .Hkv = 4, .dh = 8, .dv = 8};
     for (const Options& o : {causal, band, sigmoid})
         for (const Sizes& s :
              {Sizes{.B = 2, .Lq = 150, .Lk = 190, .Hq = 4, .Hkv = 2, .dh = 16, .dv = 16},
               Sizes{.Lq = 280, .Lk = 280, .Hq = 4, .Hkv = 1, .dh = 16, .dv = 16, .cu = {1, 90, 279}},
-              Sizes{.B = 8, .Lq = 530, .Lk = 530, .Hq = 8, .Hkv = 4, .dh = 8, .dv = 8}}) {
+              large}) {
+            if (test::sanitized && s.B == 8 && (!std::is_same_v<TypeParam, float> || !o.causal)) continue;
             Case<TypeParam> one(s, o), many(s, o);
             run(cpu{.threads = 1}, one);
             for (const int threads : {1, 2, 3, 5}) {
@@ -832,6 +840,11 @@ class AttentionPolicy : public testing::Test {};
 using PolicyTypes = testing::Types<f64, f32>;
 TYPED_TEST_SUITE(AttentionPolicy, PolicyTypes, TypeName);
 
+/// The one with blocks of 256 rows has a sanitized build busy for minutes, so that one case of it is left there.
+template <class T>
+bool too_large(const Sizes& s, const Options& o, double steepness) {
+    return test::sanitized && s.Lq == 270 && !(std::is_same_v<T, float> && o.causal && o.window == 0 && steepness == 0.4);
+}
 const std::vector<Sizes> policy_sizes = {
     {.B = 2, .Lq = 193, .Lk = 193, .Hq = 4, .Hkv = 2, .dh = 24, .dv = 40},
     {.Lq = 70, .Lk = 150, .Hq = 2, .Hkv = 1, .dh = 5, .dv = 7},
@@ -842,6 +855,7 @@ const std::vector<Sizes> policy_sizes = {
 TYPED_TEST(AttentionPolicy, AlibiMatchesPlainLoops) {
     for (const Options& o : {causal, bidirectional, windowed, band, sigmoid})
         for (const Sizes& s : policy_sizes) {
+            if (too_large<TypeParam>(s, o, 0.0)) continue;
             SCOPED_TRACE(describe(s, o));
             PolicyCase<double> truth(s, o, 0, 0);
             truth.plain_loops();
@@ -859,6 +873,7 @@ TYPED_TEST(AttentionPolicy, AllHooksMatchPlainLoops) {
     for (const double steepness : {0.02, 0.4, 9.0})
         for (const Options& o : {causal, windowed, sigmoid})
             for (const Sizes& s : policy_sizes) {
+                if (too_large<TypeParam>(s, o, steepness)) continue;
                 SCOPED_TRACE(describe(s, o));
                 SCOPED_TRACE(steepness);
                 PolicyCase<double> truth(s, o, 6, steepness);
