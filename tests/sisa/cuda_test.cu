@@ -1,0 +1,205 @@
+// The cuda executor of SISA against the float64 reference. A plain program: exit 0 passed, 1 failed, 77 skipped (no device).
+// --quick runs a few small cases, for compute-sanitizer.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdio>
+
+#include <interstate/verify.cuh>
+#include <sisa/reference.hpp>
+#include <sisa/sisa.cuh>
+
+#include "../support/cuda_graph.cuh"
+#include "../support/cuda_packed.cuh"
+#include "sisa_cases.hpp"
+
+namespace interstate::test {
+namespace {
+
+using sisa::Mode;
+using sisa::Operator;
+using sisa::Options;
+using sisa::Score;
+
+const interstate::cuda gpu;
+
+SisaCase sized(Index length, Index query_heads, Index kv_heads, Index dim, Index state_dim) {
+    return {.queries = length, .keys = length, .query_heads = query_heads, .kv_heads = kv_heads, .head_dim = dim, .value_dim = dim,
+            .state_dim = state_dim};
+}
+
+std::string described(const char* dtype, const Options& options, const Case& c, Layout layout) {
+    const auto& q = c.tensors.at("q").extent;
+    char what[200];
+    std::snprintf(what, sizeof what, "%s %s B=%d Lq=%d Lk=%d Hq=%d Hkv=%d dh=%d dv=%d ds=%d%s layout=%d", dtype, describe(options).c_str(),
+                  static_cast<int>(q[0]), static_cast<int>(q[1]), static_cast<int>(c.tensors.at("k").extent[1]), static_cast<int>(q[2]),
+                  static_cast<int>(c.tensors.at("k").extent[2]), static_cast<int>(q[3]), static_cast<int>(c.tensors.at("v").extent[3]),
+                  c.tensors.contains("C") ? static_cast<int>(c.tensors.at("C").extent[3]) : 0, c.tensors.contains("cu_seqlens") ? " packed" : "",
+                  static_cast<int>(layout));
+    return what;
+}
+
+/// The size of what a gradient's terms add up from, where they cancel (eq. 22 and 23): C.dC and B.dB of every token, that of
+/// a reverse sum at each.
+double size_of_terms(const Case& in, const Case& want) {
+    const auto product = [&](const char* x, const char* dx) {
+        const auto &a = in.tensors.at(x).values, &b = want.tensors.at(dx).values;
+        double sum = 0.0;
+        for (std::size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i] * a[i] * b[i];
+        return sum;
+    };
+    return std::sqrt(product("C", "grad.C") + product("B", "grad.B"));
+}
+double norm_of(const HostTensor& t) {
+    double sum = 0.0;
+    for (const double x : t.values) sum += x * x;
+    return std::sqrt(sum);
+}
+
+/// Against the float64 reference on inputs rounded alike. Gradients of log_alpha and theta are reverse sums whose terms cancel; they
+/// are held to those.
+template <class T>
+void expect_close(Checks& checks, const Case& c, const Options& options = {}, RunOptions run = {}) {
+    const Case in = rounded<Operator, T, acc_t<T>>(c);
+    const std::string what = described(to_string(dtype_of<T>), options, in, run.layout);
+    Case got, want;
+    const Status status = run_case<Operator, T, acc_t<T>>(gpu, options, in, got, run);
+    const Status truth = run_case<Operator, double, double>(reference{}, options, in, want);
+    checks.expect(status.ok(), what.c_str(), status.message());
+    checks.expect(truth.ok(), what.c_str(), truth.message());
+    if (!status.ok() || !truth.ok()) return;
+    std::string beyond;
+    const double computed = sizeof(T) == 8 ? 1e-11 : sizeof(T) == 4 ? 1e-5 : std::is_same_v<T, bf16> ? 4.0 * 0x1p-9 : 4.0 * 0x1p-12;
+    for (const TensorError& e : compare(got, want)) {
+        const HostTensor& exact = want.tensors.at(e.name);
+        double bound = e.name == "out.lse" && sizeof(T) == 2 ? 1e-5 + computed * 0.1 : computed;
+        if (sizeof(T) == 2 && e.name != "out.lse" && e.name != "grad.log_alpha" && e.name != "grad.theta" && e.name != "grad.lam") bound += rounding_floor<T>(exact);
+        if (e.name == "grad.log_alpha" || e.name == "grad.theta" || e.name == "grad.lam") {
+            const double own = norm_of(exact), terms = size_of_terms(in, want) * (e.name == "grad.lam" ? 1.0 : std::sqrt(static_cast<double>(in.tensors.at("k").extent[1])));
+            if (own > 0.0) bound *= std::max(1.0, terms / own);
+        }
+        char text[128];
+        std::snprintf(text, sizeof text, "%s: %.2e, may be %.2e%s; ", e.name.c_str(), e.relative, bound, e.finite ? "" : ", not finite");
+        if (!e.finite || !(e.relative <= bound)) beyond += text;
+    }
+    checks.expect(beyond.empty() && !want.tensors.empty(), what.c_str(), beyond.c_str());
+}
+void every_dtype(Checks& checks, const Case& c, const Options& options = {}, RunOptions run = {}) {
+    expect_close<f64>(checks, c, options, run);
+    expect_close<f32>(checks, c, options, run);
+    if (options.mode == Mode::exact) expect_close<f16>(checks, c, options, run);  // exp(+-11) C leaves float16's range
+    expect_close<bf16>(checks, c, options, run);
+}
+
+void lengths(Checks& checks) {
+    for (const Index L : {0, 1, 2, 31, 63, 64, 65, 127, 128, 129, 200})
+        for (const Index ds : {2, 16}) every_dtype(checks, make(sized(L, 2, 1, 64, ds), 3));
+    for (const Index Lq : {1, 30, 64})
+        for (const Options& options : all_options()) {
+            SisaCase s = sized(150, 4, 2, 32, 8);
+            s.queries = Lq;
+            s.batch = 2;
+            s.softmax = options.score == Score::softmax;
+            every_dtype(checks, make(s, 4), options);
+        }
+}
+void dims(Checks& checks) {
+    for (const auto& [dh, dv, ds] : std::vector<std::array<Index, 3>>{{3, 5, 2}, {64, 64, 32}, {64, 40, 48}, {128, 64, 16}, {100, 128, 64}, {64, 64, 128}, {128, 128, 128}, {130, 16, 4}, {16, 16, 130}}) {
+        SisaCase s = sized(90, 4, 2, dh, ds);
+        s.value_dim = dv;
+        every_dtype(checks, make(s, 5));
+        every_dtype(checks, make(s, 5), {.window = 20}, {.layout = Layout::reversed});
+        every_dtype(checks, make(s, 5), {.mode = Mode::published}, {.layout = Layout::padded});
+    }
+    for (const auto& [B, L, Hq, Hkv, ds] : std::vector<std::array<Index, 5>>{{0, 5, 2, 1, 4}, {2, 5, 0, 2, 4}, {2, 5, 0, 0, 4}, {2, 5, 2, 1, 0}}) {
+        SisaCase s = sized(L, Hq, Hkv, 8, ds);
+        s.batch = B;
+        Case got;
+        const Status status = run_case<Operator, f32, float>(gpu, {}, make(s, 8), got);
+        checks.expect(status.ok(), "no elements", status.message());
+    }
+    expect_close<bf16>(checks, make(sized(70, 2, 1, 64, 0), 9));
+}
+/// Half-lives from a tenth of a token to a million, with and without hard resets.
+void decays(Checks& checks) {
+    for (const double half_life : {0.1, 1.0, 10.0, 1e3, 1e6})
+        for (const bool resets : {false, true}) {
+            SisaCase s = sized(300, 2, 1, 64, 16);
+            s.half_life = half_life;
+            Case c = make(s, 6);
+            if (resets)
+                for (std::size_t i = 0; i < c.tensors["log_alpha"].values.size(); i += 37) c.tensors["log_alpha"].values[i] = i % 2 == 0 ? -1000.0 : -INFINITY;
+            every_dtype(checks, c);
+            every_dtype(checks, c, {.window = 50, .score = Score::sigmoid, .bias = -1.0});
+        }
+}
+void packed(Checks& checks) {
+    Random r(12);
+    for (int i = 0; i < 4; ++i)
+        for (const Options& options : all_options()) {
+            SisaCase s = sized(300, 4, 2, i % 2 == 0 ? 64 : 24, i < 2 ? 16 : 6);
+            s.cu_seqlens = r.offsets(300);
+            s.softmax = options.score == Score::softmax;
+            every_dtype(checks, make(s, 13 + static_cast<std::uint64_t>(i)), options);
+        }
+    SisaCase s = sized(200, 2, 1, 40, 8);
+    s.cu_seqlens = {3, 3, 80, 81, 190};
+    expect_margins_unread<Operator>(checks, make(s, 14), {"q", "k", "v", "C", "B", "log_alpha", "theta", "dout.o", "dout.lse"});
+    for (const auto& bad : std::vector<std::vector<double>>{{0, 30, 20}, {-5, 10}, {0, 201}, {201}}) {
+        s.cu_seqlens = bad;
+        expect_bad_offsets_reported<Operator>(checks, {}, make(s, 15));
+    }
+}
+/// Two calls are the same bits, and in exact mode nothing that comes later changes a bit of what was before, log_alpha included.
+void causality(Checks& checks) {
+    for (const Index ds : {16, 64})
+        for (const double half_life : {0.3, 50.0}) {
+            SisaCase s = sized(400, 4, 2, 64, ds);
+            s.half_life = half_life;
+            Case c = make(s, 18), first, second;
+            checks.expect(run_case<Operator, bf16, float>(gpu, {}, c, first).ok() && run_case<Operator, bf16, float>(gpu, {}, c, second).ok(), "twice", "runs");
+            for (const auto& [name, tensor] : first.tensors) checks.expect(tensor.values == second.tensors[name].values, name.c_str(), "two calls must be the same bits");
+            for (const std::size_t t : {5, 64, 100, 127, 128, 333}) {
+                Case later = c, changed;
+                for (const char* name : {"q", "k", "v", "C", "B", "log_alpha", "theta"}) {
+                    HostTensor& x = later.tensors[name];
+                    const std::size_t row = x.values.size() / 400;
+                    for (std::size_t i = t * row; i < x.values.size(); ++i)
+                        x.values[i] = name[0] == 'l' ? (i % 3 == 0 ? -1000.0 : 2.0 * x.values[i]) : -3.0 * x.values[i] + 1.0;
+                }
+                checks.expect(run_case<Operator, bf16, float>(gpu, {}, later, changed).ok(), "causal", "runs");
+                for (const char* name : {"out.o", "out.lse"}) {
+                    const auto &a = first.tensors[name].values, &b = changed.tensors[name].values;
+                    const std::size_t n = a.size() / 400 * t;
+                    checks.expect(std::equal(a.begin(), a.begin() + static_cast<std::ptrdiff_t>(n), b.begin()), name, "the future must not change a bit of the past");
+                }
+            }
+        }
+}
+
+void run(Checks& checks, bool quick) {
+    if (quick) {
+        SisaCase s = sized(70, 2, 1, 64, 16);
+        s.cu_seqlens = {2, 40, 69};
+        every_dtype(checks, make(s, 1));
+        every_dtype(checks, make(s, 1), {.mode = Mode::published});
+        every_dtype(checks, make(sized(33, 2, 1, 20, 6), 2), {.window = 20, .score = Score::sigmoid, .bias = -1.0}, {.layout = Layout::reversed});
+        s = sized(80, 2, 1, 100, 40);
+        s.half_life = 0.3;
+        every_dtype(checks, make(s, 3));
+        return;
+    }
+    const Status null = forward(gpu, Options{}, sisa::Inputs<float>{}, sisa::Outputs<float>{}, Saved{}, Workspace{});
+    checks.expect(null.code() == StatusCode::invalid_argument, "null q", null.message());
+    lengths(checks);
+    dims(checks);
+    decays(checks);
+    packed(checks);
+    causality(checks);
+    in_a_graph<Operator, bf16>(checks, {}, make(sized(90, 4, 2, 64, 16), 21), make(sized(90, 4, 2, 64, 16), 22));
+}
+
+}  // namespace
+}  // namespace interstate::test
+
+int main(int argc, char** argv) { return interstate::test::cuda_main(argc, argv, "sisa", &interstate::test::run); }
