@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <limits>
 
 #include <sisa/sisa.hpp>
@@ -203,6 +204,94 @@ TEST(SisaCpu, NaNDoesNotReachEarlierTokens) {
             }
         }
     }
+}
+
+/// Bits of `name` in rows before query `end`, of every batch row.
+std::vector<std::uint64_t> bits_before(const Case& c, const char* name, Index end) {
+    const HostTensor& x = c.tensors.at(name);
+    const std::size_t rows = static_cast<std::size_t>(x.extent[1]);
+    const std::size_t width = x.values.size() / static_cast<std::size_t>(x.extent[0]) / rows;
+    std::vector<std::uint64_t> bits;
+    for (std::size_t i = 0; i < x.values.size(); ++i)
+        if (static_cast<Index>(i / width % rows) < end) bits.push_back(std::bit_cast<std::uint64_t>(x.values[i]));
+    return bits;
+}
+
+/// What becomes of the tokens from some token on.
+enum class Future { other, faster, slower, reset, nan };
+
+/// All inputs of tokens from position t on are others.
+Case with_future(Case c, Index t, Future future, std::uint64_t seed) {
+    Random r(seed);
+    const Index offset = c.tensors["k"].extent[1] - c.tensors["q"].extent[1];
+    for (const char* name : {"q", "k", "v", "C", "B", "log_alpha", "theta"}) {
+        HostTensor& x = c.tensors.at(name);
+        const std::string of = name;
+        const Index first = of == "q" || of == "C" ? std::max<Index>(t - offset, 0) : t, rows = x.extent[1];
+        const Index width = static_cast<Index>(x.values.size()) / x.extent[0] / rows;
+        for (std::size_t i = 0; i < x.values.size(); ++i) {
+            const Index row = static_cast<Index>(i) / width % rows;
+            if (row < first) continue;
+            double& v = x.values[i];
+            if (future == Future::nan)
+                v = NAN;
+            else if (of != "log_alpha")
+                v = r.normal();
+            else if (future == Future::other)
+                v *= r.uniform(0.1, 3.0);
+            else if (future == Future::faster)
+                v -= r.uniform(0.0, 12.0);
+            else if (future == Future::slower)
+                v = 0.0;
+            else if (row < first + 2 || r.uniform(0.0, 1.0) < 0.1)
+                v = row == first ? -INFINITY : -1000.0;
+        }
+    }
+    return c;
+}
+
+template <class T>
+void expect_causal(const Case& c, const Options& options, const std::vector<std::pair<Index, Future>>& futures) {
+    using P = param_t<T>;
+    const Index offset = c.tensors.at("k").extent[1] - c.tensors.at("q").extent[1];
+    for (const Isa isa : isas()) {
+        const cpu exec{.threads = 1, .isa = isa};
+        Case one;
+        ASSERT_TRUE((run_case<Operator, T, P>(exec, options, c, one).ok()));
+        for (const auto& [t, future] : futures) {
+            Case two;
+            ASSERT_TRUE((run_case<Operator, T, P>(exec, options, with_future(c, t, future, 7), two).ok()));
+            for (const auto& [name, x] : one.tensors)
+                EXPECT_TRUE(bits_before(one, name.c_str(), t - offset) == bits_before(two, name.c_str(), t - offset))
+                    << name << " before " << t << ", future " << static_cast<int>(future) << ", " << to_string(isa) << ", "
+                    << to_string(dtype_of<T>);
+        }
+    }
+}
+
+TEST(SisaCpu, LaterTokensDoNotMoveABitOfEarlierRows) {
+    std::uint64_t seed = 20;
+    for (const Index L : {33, 64, 100, 150, 290})
+        for (const double half_life : {0.1, 0.7, 1.5, 4.0, 20.0, 300.0, 1e6})
+            for (const Options& o : {Options{}, Options{.window = 37}, Options{.score = Score::sigmoid, .bias = -0.5},
+                                     Options{.window = 80, .score = Score::sigmoid}}) {
+                Random r(++seed);
+                SisaCase shape{.queries = L, .keys = L, .query_heads = 2, .head_dim = 5, .value_dim = 3, .state_dim = 6,
+                               .upstream = false, .half_life = half_life};
+                if (seed % 3 == 0) shape.queries = L - 20;
+                if (seed % 3 == 1) shape.cu_seqlens = {2, 9, static_cast<double>(L / 2), static_cast<double>(L)};
+                if (seed % 5 == 0) shape.head_dim = 17, shape.value_dim = 16, shape.state_dim = 16;
+                Case c = make(shape, seed);
+                if (seed % 2)
+                    for (double& a : values(c, "log_alpha")) a = r.uniform(0.0, 1.0) < 0.02 ? -1000.0 : a;
+                SCOPED_TRACE(describe(o) + " L=" + std::to_string(L) + " half-life=" + std::to_string(half_life));
+                std::vector<std::pair<Index, Future>> futures;
+                for (const Future f : {Future::other, Future::faster, Future::slower, Future::reset, Future::nan})
+                    futures.push_back({r.up_to(L - 1), f});
+                expect_causal<f32>(c, o, futures);
+                expect_causal<f64>(c, o, futures);
+                expect_causal<bf16>(c, o, futures);
+            }
 }
 
 template <class T>

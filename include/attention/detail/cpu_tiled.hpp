@@ -309,14 +309,24 @@ struct AddTerm {
     }
 };
 
-/// out[i] = exp(sign (g[i] - reference)) for n a multiple of the padding.
+/// out[i] = exp(sign (g[i] - reference)) for n a multiple of the padding. What a float cannot hold of a difference comes
+/// as a factor: rounding 50 to float would move exp(50) by 2e-6 of itself.
 template <class A>
 struct DecayFactors {
     template <class Set>
     static INTERSTATE_INLINE void run(const double* g, double reference, double sign, Index n, A* out) {
         using V = simd::Native<Set, A>;
-        for (Index i = 0; i < n; ++i) out[i] = static_cast<A>(sign * (g[i] - reference));
-        for (Index i = 0; i < n; i += V::lanes) simd::store(out + i, simd::exp(simd::load<V>(out + i)));
+        for (Index i = 0; i < n; i += V::lanes) {
+            A rest[V::lanes];
+            INTERSTATE_UNROLL
+            for (int l = 0; l < V::lanes; ++l) {
+                const double x = sign * (g[i + l] - reference);
+                out[i + l] = static_cast<A>(x);
+                rest[l] = static_cast<A>(x - static_cast<double>(out[i + l]));
+            }
+            const V e = simd::exp(simd::load<V>(out + i));
+            simd::store(out + i, std::is_same_v<A, double> ? e : simd::fma(e, simd::load<V>(rest), e));
+        }
     }
 };
 
@@ -713,9 +723,18 @@ A normalizer(A sum) {
     return sum == A(0) ? A(0) : A(1) / sum;
 }
 
-/// Where the decay spans more than this inside a block of keys, its factors are formed pair by pair: as a product of a
-/// row's and a column's they would leave the range of float.
-inline constexpr double steepest = 60.0;
+/// Keys whose g is further than this below that of the first key of their tile are steep: exp(g[first] - g[j]) would near
+/// the end of the range. What exp(g[i] - g[first]) loses by being zero below its range is decay below exp(-32), or -500.
+template <class A>
+inline constexpr double steepest = sizeof(A) == 8 ? 200.0 : 55.0;
+
+/// How many keys of a tile come before the first steep one. This asks g up to that key and no further.
+template <class A>
+Index level_keys(const double* g, Index count) {
+    Index n = 0;
+    while (n < count && g[0] - g[n] <= steepest<A>) ++n;  // a NaN is steep
+    return n;
+}
 
 /// Everything a task of forward or backward reads.
 template <class T, class Policy>
@@ -894,21 +913,20 @@ struct TiledCall {
             }
             load(in.v, b, q.key0 + j, kv, rows, A(1), s.inner_b, ldv);
             const Index soon = end - j - rows < inner_block ? end - j - rows : inner_block;
-            double reference = 0;
-            bool steep = false;
+            // Nothing that is done with a pair of a query and a key asks for tokens behind the query: outputs before a
+            // token are the same bits whatever the token is.
+            Index level = rows;  // keys from here on are steep: their channels are zero here and come pair by pair
             if constexpr (Policy::has_channels) {
+                const Index lds = padded(w.channels);
                 decay(b, kv, q.key0 + j, rows, s.inner_g);
-                reference = s.inner_g[rows - 1];
-                steep = !(s.inner_g[0] - reference <= steepest);
-                if (steep) {
-                    simd::run_body<AddRows<A>>(isa, static_cast<const A*>(s.inner_a + w.channel), w.ld, rows,
-                                               padded(w.channels), static_cast<const A*>(nullptr), false, s.channels_b,
-                                               padded(w.channels));
-                } else {
-                    simd::run_body<DecayFactors<A>>(isa, static_cast<const double*>(s.inner_g), reference, -1.0,
-                                                    padded(rows), s.factors);
-                    scale_channels(s.inner_a, w.ld, rows, s.factors);
-                }
+                level = level_keys<A>(s.inner_g, rows);
+                simd::run_body<DecayFactors<A>>(isa, static_cast<const double*>(s.inner_g), s.inner_g[0], -1.0, padded(rows),
+                                                s.factors);
+                scale_channels(s.inner_a, w.ld, level, s.factors);
+                simd::run_body<AddRows<A>>(isa, static_cast<const A*>(s.inner_a + level * w.ld + w.channel), w.ld, rows - level,
+                                           lds, static_cast<const A*>(nullptr), false, s.channels_b + level * lds, lds);
+                for (Index r = level; r < rows; ++r)
+                    for (Index d = w.channel; d < w.ld; ++d) s.inner_a[r * w.ld + d] = A(0);
             }
             for (Index p = 0; p < panels; ++p) {
                 const Index ahead = q.key0 + j + rows;
@@ -927,20 +945,20 @@ struct TiledCall {
                     if constexpr (Policy::has_channels) {
                         const A* from = s.channels_a + p * padded(w.channels) * panel + c0;
                         const double* g = s.outer_g + p * panel + c0;
-                        if (steep) {
-                            products(left, ldk, shape.head_dim, right, wide, tile.rows, s.tile);
-                            products(s.channels_b + r0 * padded(w.channels), padded(w.channels), w.channels, from, wide,
-                                     tile.rows, s.channel_tile);
-                            simd::run_body<DecayTile<A>>(isa, s.decay_tile, tile.rows, wide.begin, wide.end,
-                                                         static_cast<const double*>(s.inner_g + r0), g, true);
+                        // A query before the first key has a factor above 1, infinity even, but no key here.
+                        simd::run_body<DecayFactors<A>>(isa, g, s.inner_g[0], 1.0, wide.end, s.factors);
+                        simd::run_body<ScaleColumns<A>>(isa, from, w.channels, wide.begin, wide.end,
+                                                        static_cast<const A*>(s.factors), right + w.channel * panel);
+                        products(left, ldk, w.score, right, wide, tile.rows, s.tile);
+                        if (r0 + tile.rows > level) {
+                            const Index r = level > r0 ? level - r0 : 0, steep = tile.rows - r;
+                            products(s.channels_b + (r0 + r) * padded(w.channels), padded(w.channels), w.channels, from, wide,
+                                     steep, s.channel_tile);
+                            simd::run_body<DecayTile<A>>(isa, s.decay_tile, steep, wide.begin, wide.end,
+                                                         static_cast<const double*>(s.inner_g + r0 + r), g, true);
                             simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.channel_tile),
-                                                            static_cast<const A*>(s.decay_tile), tile.rows, wide.begin,
-                                                            wide.end, true, s.tile);
-                        } else {
-                            simd::run_body<DecayFactors<A>>(isa, g, reference, 1.0, wide.end, s.factors);
-                            simd::run_body<ScaleColumns<A>>(isa, from, w.channels, wide.begin, wide.end,
-                                                            static_cast<const A*>(s.factors), right + w.channel * panel);
-                            products(left, ldk, w.score, right, wide, tile.rows, s.tile);
+                                                            static_cast<const A*>(s.decay_tile), steep, wide.begin, wide.end,
+                                                            true, s.tile + r * tile_stride);
                         }
                     } else {
                         products(left, ldk, w.score, right, wide, tile.rows, s.tile);
@@ -1032,8 +1050,8 @@ struct TiledCall {
         load_keys(b, kv, q.key0 + first, count, s.outer_rows, ldk);
         if constexpr (Policy::has_channels) {
             decay(b, kv, q.key0 + first, count, s.outer_g);
-            reference = s.outer_g[count - 1];
-            steep = !(s.outer_g[0] - reference <= steepest);
+            reference = s.outer_g[0];
+            steep = level_keys<A>(s.outer_g, count) < count;  // one steep key makes all of the block pairs: gradients may
             if (!steep) {
                 simd::run_body<DecayFactors<A>>(isa, static_cast<const double*>(s.outer_g), reference, -1.0, padded(count),
                                                 s.factors);
