@@ -223,18 +223,18 @@ struct ScoreGradient {
     }
 };
 
-/// out[r] = sum_d a[r][d] b[r][d], rows as they lie in two tensors.
-template <class T>
+/// out[r] = or += sum_d a[r][d] b[r][d], rows as they lie in two tensors.
+template <class T, class U = T>
 struct DotRows {
     using A = acc_t<T>;
     template <class Set>
-    static INTERSTATE_INLINE void run(const T* a, Index a_row, Index a_step, const T* b, Index b_row, Index b_step,
-                                      Index rows, Index dim, A* out) {
+    static INTERSTATE_INLINE void run(const U* a, Index a_row, Index a_step, const T* b, Index b_row, Index b_step,
+                                      Index rows, Index dim, A* out, bool add = false) {
         using V = simd::Native<Set, A>;
         constexpr int lanes = V::lanes;
         const Index whole = a_step == 1 && b_step == 1 ? dim / lanes * lanes : 0;
         for (Index r = 0; r < rows; ++r) {
-            const T* x = a + r * a_row;
+            const U* x = a + r * a_row;
             const T* y = b + r * b_row;
             V sum = simd::broadcast<V>(A(0));
             for (Index d = 0; d < whole; d += lanes)
@@ -248,8 +248,27 @@ struct DotRows {
                 }
                 sum = simd::fma(simd::load<V>(left), simd::load<V>(right), sum);
             }
-            out[r] = simd::reduce_add(sum);
+            out[r] = (add ? out[r] : A(0)) + simd::reduce_add(sum);
         }
+    }
+};
+
+/// dst[r][0, dim) = what rounding to T takes from scale[r] * src[r].
+template <class T>
+struct StoreRest {
+    template <class Set>
+    static INTERSTATE_INLINE void run(const float* src, Index ld, const float* scale, Index rows, Index dim, bf16* dst) {
+        for (Index r = 0; r < rows; ++r)
+            for (Index d = 0; d < dim; d += pad) {
+                using V = simd::Vec<float, pad>;
+                const V x = simd::load<V>(src + r * ld + d) * simd::broadcast<V>(scale[r]);
+                T rounded[pad];
+                simd::store_as<T>(rounded, x);
+                bf16 rest[pad];
+                simd::store_as<bf16>(rest, x - simd::load_as<V>(rounded));
+                const Index n = dim - d < pad ? dim - d : pad;
+                std::memcpy(dst + r * dim + d, rest, static_cast<std::size_t>(n) * sizeof(bf16));
+            }
     }
 };
 
@@ -750,6 +769,7 @@ struct TiledCall {
     Grads<T> grads{};
     A* minus = nullptr;
     A* dq = nullptr;
+    bf16* rest = nullptr;  // (B, Hq, Lq, dv): what rounding took from o, for backward; null: not kept
 
     A scale() const { return static_cast<A>(scale_of(options, shape.head_dim)); }
     A bias(Index h) const { return in.bias ? in.bias(h) : static_cast<A>(options.bias); }
@@ -985,6 +1005,10 @@ struct TiledCall {
                 out.lse(b, q.query0 + first + i, h) = sum == A(0) ? -inf : s.running.largest[i] + std::log(sum);
         }
         store(out.o, b, q.query0 + first, h, count, s.sum_b, ldv, s.running.shrink, 1);
+        if constexpr (sizeof(T) == 2)
+            if (rest && shape.value_dim > 0)
+                simd::run_body<StoreRest<T>>(isa, static_cast<const A*>(s.sum_b), ldv, static_cast<const A*>(s.running.shrink),
+                                             count, shape.value_dim, rest_of(b, h, q.query0 + first));
     }
 
     // delta - dlse of queries of a sequence (eq. 8).
@@ -995,12 +1019,21 @@ struct TiledCall {
         if (shape.value_dim > 0)
             simd::run_body<DotRows<T>>(isa, static_cast<const T*>(&out.o(b, row, h, 0)), out.o.stride[1], out.o.stride[3],
                                        static_cast<const T*>(&upstream.o(b, row, h, 0)), upstream.o.stride[1],
-                                       upstream.o.stride[3], count, shape.value_dim, s.minus);
+                                       upstream.o.stride[3], count, shape.value_dim, s.minus, false);
+        if constexpr (sizeof(T) == 2)
+            if (rest && shape.value_dim > 0)
+                simd::run_body<DotRows<T, bf16>>(isa, static_cast<const bf16*>(rest_of(b, h, row)), shape.value_dim, Index{1},
+                                                 static_cast<const T*>(&upstream.o(b, row, h, 0)), upstream.o.stride[1],
+                                                 upstream.o.stride[3], count, shape.value_dim, s.minus, true);
         for (Index i = 0; i < count; ++i) {
             const bool empty = out.lse(b, row + i, h) == -std::numeric_limits<A>::infinity();
             const A dlse = upstream.lse ? upstream.lse(b, row + i, h) : A(0);
             minus[(b * shape.query_heads + h) * shape.queries + row + i] = empty ? A(0) : s.minus[i] - dlse;
         }
+    }
+
+    bf16* rest_of(Index b, Index h, Index row) const {
+        return rest + ((b * shape.query_heads + h) * shape.queries + row) * shape.value_dim;
     }
 
     /// Adds what keys [first, last) give to dq of queries [i, i + rows) (and to dC); rows whose first key lies there
@@ -1229,9 +1262,10 @@ void tiled_tasks(const cpu& exec, const TiledCall<T, Policy>& call, Workspace ws
 
 template <class T, class Policy = Plain>
 void tiled_forward(const cpu& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out,
-                   Workspace ws, const Policy& policy = {}) {
+                   Workspace ws, const Policy& policy = {}, bf16* rest = nullptr) {
     using Scratch = TiledScratch<acc_t<T>>;
-    const TiledCall<T, Policy> call{options, in, out, shape_of(in), exec.isa, policy};
+    TiledCall<T, Policy> call{options, in, out, shape_of(in), exec.isa, policy};
+    call.rest = rest;
     const auto piece = [&](Index b, Index h, Index, const Sequence& q, Index first, Index last, const Scratch& w) {
         call.forward_piece(b, h, q, first, last, w);
     };
@@ -1246,7 +1280,8 @@ void tiled_forward(const cpu& exec, const Options& options, const Inputs<T>& in,
 
 template <class T, class Policy = Plain>
 void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out,
-                    const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws, const Policy& policy = {}) {
+                    const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws, const Policy& policy = {},
+                    bf16* rest = nullptr) {
     using A = acc_t<T>;
     using Scratch = TiledScratch<A>;
     TiledCall<T, Policy> call{options, in, out, shape_of(in), exec.isa, policy, upstream, grads};
@@ -1255,6 +1290,7 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in
     const TiledWorkspace<A> shared(arena, s, pass::backward, call.channels());
     call.minus = shared.minus;
     call.dq = shared.dq;
+    call.rest = rest;
     const Index blocks = ceil_div(s.keys, block_of(s.batch * s.kv_heads, s.keys));
     for (Index x = 0; x < s.batch * s.kv_heads * blocks; ++x) shared.progress[x] = 0;
 
