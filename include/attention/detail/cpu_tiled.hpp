@@ -335,16 +335,18 @@ struct DecayFactors {
     template <class Set>
     static INTERSTATE_INLINE void run(const double* g, double reference, double sign, Index n, A* out) {
         using V = simd::Native<Set, A>;
+        using D = simd::Vec<double, V::lanes>;
+        const D from = simd::broadcast<D>(reference), by = simd::broadcast<D>(sign);
         for (Index i = 0; i < n; i += V::lanes) {
-            A rest[V::lanes];
-            INTERSTATE_UNROLL
-            for (int l = 0; l < V::lanes; ++l) {
-                const double x = sign * (g[i + l] - reference);
-                out[i + l] = static_cast<A>(x);
-                rest[l] = static_cast<A>(x - static_cast<double>(out[i + l]));
+            const D x = (simd::load<D>(g + i) - from) * by;
+            if constexpr (std::is_same_v<A, double>) {
+                simd::store(out + i, simd::exp(x));
+            } else {
+                const V near{__builtin_convertvector(x.v, typename V::type)};
+                const D rest{x.v - __builtin_convertvector(near.v, typename D::type)};
+                const V e = simd::exp(near);
+                simd::store(out + i, simd::fma(e, V{__builtin_convertvector(rest.v, typename V::type)}, e));
             }
-            const V e = simd::exp(simd::load<V>(out + i));
-            simd::store(out + i, std::is_same_v<A, double> ? e : simd::fma(e, simd::load<V>(rest), e));
         }
     }
 };
@@ -943,10 +945,12 @@ struct TiledCall {
                 simd::run_body<DecayFactors<A>>(isa, static_cast<const double*>(s.inner_g), s.inner_g[0], -1.0, padded(rows),
                                                 s.factors);
                 scale_channels(s.inner_a, w.ld, level, s.factors);
-                simd::run_body<AddRows<A>>(isa, static_cast<const A*>(s.inner_a + level * w.ld + w.channel), w.ld, rows - level,
-                                           lds, static_cast<const A*>(nullptr), false, s.channels_b + level * lds, lds);
                 for (Index r = level; r < rows; ++r)
-                    for (Index d = w.channel; d < w.ld; ++d) s.inner_a[r * w.ld + d] = A(0);
+                    for (Index d = 0; d < lds; ++d) {
+                        A& x = s.inner_a[r * w.ld + w.channel + d];
+                        s.channels_b[r * lds + d] = x;
+                        x = A(0);
+                    }
             }
             for (Index p = 0; p < panels; ++p) {
                 const Index ahead = q.key0 + j + rows;
