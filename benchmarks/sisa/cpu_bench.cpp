@@ -68,18 +68,20 @@ template <class T, class Exec>
 struct Problem : Tensors<T> {
     Exec exec;
     sisa::Options options;
-    std::vector<char> memory;
+    std::vector<char> memory, kept;
 
     Problem(const Tensors<T>& x, const Exec& e, const sisa::Options& o) : Tensors<T>(x), exec(e), options(o) {
         const auto shape = shape_of(this->inputs());
         memory.resize(std::max(workspace_size(exec, options, shape, pass::forward),
                                workspace_size(exec, options, shape, pass::backward)));
+        kept.resize(saved_size(exec, options, shape));
     }
+    Saved saved() { return {kept.data(), kept.size()}; }
     void forward() {
-        check(sisa::forward(exec, options, this->inputs(), this->outputs(), Saved{}, Workspace{memory.data(), memory.size()}));
+        check(sisa::forward(exec, options, this->inputs(), this->outputs(), saved(), Workspace{memory.data(), memory.size()}));
     }
     void backward() {
-        check(sisa::backward(exec, options, this->inputs(), this->outputs(), Saved{},
+        check(sisa::backward(exec, options, this->inputs(), this->outputs(), saved(),
                              sisa::Upstream<T>{.o = this->rows(std::as_const(this->dout), this->d)}, this->grads(),
                              Workspace{memory.data(), memory.size()}));
     }

@@ -31,18 +31,25 @@ inline double scale_of(const Options& options, Index dh) {
     return options.scale != 0.0 ? options.scale : 1.0 / std::sqrt(static_cast<double>(dh > 0 ? dh : 1));
 }
 
+/// Sets window, scale, score or bias of an operator that has them; false where the text names or says something else.
+template <class AnyOptions>
+bool set_score_option(AnyOptions& options, std::string_view name, std::string_view value) {
+    double x = 0.0;
+    if (name == "window" && value == "none") return options.window = 0, true;
+    if (name == "window" && parse_number(value, x) && x >= 1 && x < 9e15 && x == std::floor(x))
+        return options.window = static_cast<Index>(x), true;
+    if (name == "scale" && parse_number(value, x)) return options.scale = x, true;
+    if (name == "score" && value == "softmax") return options.score = Score::softmax, true;
+    if (name == "score" && value == "sigmoid") return options.score = Score::sigmoid, true;
+    if (name == "bias" && parse_number(value, x)) return options.bias = x, true;
+    return false;
+}
+
 /// Sets one option from its text, as the golden cases and tools/replay write it.
 inline Status set_option(Options& options, std::string_view name, std::string_view value) {
-    double x = 0.0;
     bool on = false;
     if (name == "causal" && parse_flag(value, on)) return options.causal = on, Status{};
-    if (name == "window" && value == "none") return options.window = 0, Status{};
-    if (name == "window" && parse_number(value, x) && x >= 1 && x < 9e15 && x == std::floor(x))
-        return options.window = static_cast<Index>(x), Status{};
-    if (name == "scale" && parse_number(value, x)) return options.scale = x, Status{};
-    if (name == "score" && value == "softmax") return options.score = Score::softmax, Status{};
-    if (name == "score" && value == "sigmoid") return options.score = Score::sigmoid, Status{};
-    if (name == "bias" && parse_number(value, x)) return options.bias = x, Status{};
+    if (set_score_option(options, name, value)) return {};
     return unknown_option(name, value,
                           "attention takes causal=true|false, window=none|N, scale=X, "
                           "score=softmax|sigmoid, bias=X");

@@ -42,13 +42,7 @@ inline Status set_option(Options& options, std::string_view name, std::string_vi
     if (name == "mode" && value == "exact") return options.mode = Mode::exact, Status{};
     if (name == "mode" && value == "published") return options.mode = Mode::published, Status{};
     if (name == "clamp" && parse_number(value, x)) return options.clamp = x, Status{};
-    if (name == "window" && value == "none") return options.window = 0, Status{};
-    if (name == "window" && parse_number(value, x) && x >= 1 && x < 9e15 && x == std::floor(x))
-        return options.window = static_cast<Index>(x), Status{};
-    if (name == "scale" && parse_number(value, x)) return options.scale = x, Status{};
-    if (name == "score" && value == "softmax") return options.score = Score::softmax, Status{};
-    if (name == "score" && value == "sigmoid") return options.score = Score::sigmoid, Status{};
-    if (name == "bias" && parse_number(value, x)) return options.bias = x, Status{};
+    if (attention::set_score_option(options, name, value)) return {};
     return unknown_option(name, value,
                           "sisa takes mode=exact|published, clamp=X, window=none|N, scale=X, "
                           "score=softmax|sigmoid, bias=X");

@@ -137,8 +137,8 @@ inline void reference_published_gradient(double K, const double* g, Index Lk, do
     if (Lk == 0) return;
     double largest = g[0], smallest = g[0], offset = 0.0;
     for (Index j = 0; j < Lk; ++j) {
-        if (std::abs(g[j]) > K) d[j] = 0.0;  // eq. 24
-        offset -= d[j];
+        // eq. 24. All dx sum to zero: minus those that pass is those that do not, nothing at all where nothing is clamped.
+        if (std::abs(g[j]) > K) offset += d[j], d[j] = 0.0;
         largest = g[j] > largest ? g[j] : largest;
         smallest = g[j] < smallest ? g[j] : smallest;
     }

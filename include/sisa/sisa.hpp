@@ -1,7 +1,8 @@
 // SISA, public: the executors `reference` and `cpu`. Equations, shapes and units: docs/ops/sisa.md.
 //
 //     Workspace ws{memory, sisa::workspace_size(exec, options, shape, pass::forward)};
-//     Status status = sisa::forward(exec, options, in, out, Saved{}, ws);
+//     Saved saved{more_memory, sisa::saved_size(exec, options, shape)};  // or Saved{}, if no backward will follow
+//     Status status = sisa::forward(exec, options, in, out, saved, ws);
 //
 // forward    o and, for softmax, lse, of q, k, v, C, B, log_alpha, theta and lam (eq. 1 to 12)
 // backward   gradients of all of them from the inputs, lse and upstream gradients (eq. 13 to 25)
@@ -22,8 +23,10 @@
 namespace interstate::inline INTERSTATE_ABI {
 namespace sisa {
 
-/// Bytes of `Saved`: none, o and lse are all that backward needs.
-inline std::size_t saved_size(const cpu&, const Options&, const Shape&) { return 0; }
+/// Bytes of `Saved`: what rounding takes from o, where that is of 16 bits and there is a softmax; else none.
+inline std::size_t saved_size(const cpu&, const Options& options, const Shape& shape) {
+    return detail::tiled_saved_size(options, shape);
+}
 
 /// Bytes of scratch memory for a pass, for exec.threads threads (0: as many as OpenMP has now): that of attention, and
 /// the rotated channels, cosines, sines and sums of all tokens.
@@ -43,34 +46,38 @@ inline KernelChoice which_kernel(const cpu& exec, const Options&, const Shape&) 
 }
 
 /// o and, for softmax, lse (eq. 1 to 12). Any strides; sums are double for f64 and float for all others, g and Phi double.
+/// Pass `saved` memory if backward will follow, Saved{} if not.
 ///
 /// Errors, before anything is written: invalid_argument (options, shapes, null views, cu_seqlens), unsupported (an
 /// instruction set that this machine lacks), workspace_too_small.
 template <class T, class P>
-Status forward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved,
+Status forward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
                Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.keys));
+    if (saved.data)
+        INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::forward)));
-    detail::tiled_forward(exec, options, in, out, ws);
+    detail::tiled_forward(exec, options, in, out, saved, ws);
     return {};
 }
 
-/// The gradients whose views are not null (eq. 13 to 25), overwritten. Softmax reads out.o and out.lse. Errors as in
-/// forward.
+/// The gradients whose views are not null (eq. 13 to 25), overwritten. Softmax reads out.o and out.lse, and `saved`, what
+/// forward filled for the same inputs. Errors as in forward.
 template <class T, class P>
-Status backward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved,
+Status backward(const cpu& requested, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
                 const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out, upstream, grads));
     const Shape shape = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, shape.keys));
+    INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, shape)));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::backward)));
-    detail::tiled_backward(exec, options, in, out, upstream, grads, ws);
+    detail::tiled_backward(exec, options, in, out, saved, upstream, grads, ws);
     return {};
 }
 

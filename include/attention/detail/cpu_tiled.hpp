@@ -223,18 +223,18 @@ struct ScoreGradient {
     }
 };
 
-/// out[r] = sum_d a[r][d] b[r][d], rows as they lie in two tensors.
-template <class T>
+/// out[r] = or += sum_d a[r][d] b[r][d], rows as they lie in two tensors.
+template <class T, class U = T>
 struct DotRows {
     using A = acc_t<T>;
     template <class Set>
-    static INTERSTATE_INLINE void run(const T* a, Index a_row, Index a_step, const T* b, Index b_row, Index b_step,
-                                      Index rows, Index dim, A* out) {
+    static INTERSTATE_INLINE void run(const U* a, Index a_row, Index a_step, const T* b, Index b_row, Index b_step,
+                                      Index rows, Index dim, A* out, bool add = false) {
         using V = simd::Native<Set, A>;
         constexpr int lanes = V::lanes;
         const Index whole = a_step == 1 && b_step == 1 ? dim / lanes * lanes : 0;
         for (Index r = 0; r < rows; ++r) {
-            const T* x = a + r * a_row;
+            const U* x = a + r * a_row;
             const T* y = b + r * b_row;
             V sum = simd::broadcast<V>(A(0));
             for (Index d = 0; d < whole; d += lanes)
@@ -248,8 +248,27 @@ struct DotRows {
                 }
                 sum = simd::fma(simd::load<V>(left), simd::load<V>(right), sum);
             }
-            out[r] = simd::reduce_add(sum);
+            out[r] = (add ? out[r] : A(0)) + simd::reduce_add(sum);
         }
+    }
+};
+
+/// dst[r][0, dim) = what rounding to T takes from scale[r] * src[r].
+template <class T>
+struct StoreRest {
+    template <class Set>
+    static INTERSTATE_INLINE void run(const float* src, Index ld, const float* scale, Index rows, Index dim, bf16* dst) {
+        for (Index r = 0; r < rows; ++r)
+            for (Index d = 0; d < dim; d += pad) {
+                using V = simd::Vec<float, pad>;
+                const V x = simd::load<V>(src + r * ld + d) * simd::broadcast<V>(scale[r]);
+                T rounded[pad];
+                simd::store_as<T>(rounded, x);
+                bf16 rest[pad];
+                simd::store_as<bf16>(rest, x - simd::load_as<V>(rounded));
+                const Index n = dim - d < pad ? dim - d : pad;
+                std::memcpy(dst + r * dim + d, rest, static_cast<std::size_t>(n) * sizeof(bf16));
+            }
     }
 };
 
@@ -309,14 +328,26 @@ struct AddTerm {
     }
 };
 
-/// out[i] = exp(sign (g[i] - reference)) for n a multiple of the padding.
+/// out[i] = exp(sign (g[i] - reference)) for n a multiple of the padding. What a float cannot hold of a difference comes
+/// as a factor: rounding 50 to float would move exp(50) by 2e-6 of itself.
 template <class A>
 struct DecayFactors {
     template <class Set>
     static INTERSTATE_INLINE void run(const double* g, double reference, double sign, Index n, A* out) {
         using V = simd::Native<Set, A>;
-        for (Index i = 0; i < n; ++i) out[i] = static_cast<A>(sign * (g[i] - reference));
-        for (Index i = 0; i < n; i += V::lanes) simd::store(out + i, simd::exp(simd::load<V>(out + i)));
+        using D = simd::Vec<double, V::lanes>;
+        const D from = simd::broadcast<D>(reference), by = simd::broadcast<D>(sign);
+        for (Index i = 0; i < n; i += V::lanes) {
+            const D x = (simd::load<D>(g + i) - from) * by;
+            if constexpr (std::is_same_v<A, double>) {
+                simd::store(out + i, simd::exp(x));
+            } else {
+                const V near{__builtin_convertvector(x.v, typename V::type)};
+                const D rest{x.v - __builtin_convertvector(near.v, typename D::type)};
+                const V e = simd::exp(near);
+                simd::store(out + i, simd::fma(e, V{__builtin_convertvector(rest.v, typename V::type)}, e));
+            }
+        }
     }
 };
 
@@ -713,9 +744,18 @@ A normalizer(A sum) {
     return sum == A(0) ? A(0) : A(1) / sum;
 }
 
-/// Where the decay spans more than this inside a block of keys, its factors are formed pair by pair: as a product of a
-/// row's and a column's they would leave the range of float.
-inline constexpr double steepest = 60.0;
+/// Keys whose g is further than this below that of the first key of their tile are steep: exp(g[first] - g[j]) would near
+/// the end of the range. What exp(g[i] - g[first]) loses by being zero below its range is decay below exp(-32), or -500.
+template <class A>
+inline constexpr double steepest = sizeof(A) == 8 ? 200.0 : 55.0;
+
+/// How many keys of a tile come before the first steep one. This asks g up to that key and no further.
+template <class A>
+Index level_keys(const double* g, Index count) {
+    Index n = 0;
+    while (n < count && g[0] - g[n] <= steepest<A>) ++n;  // a NaN is steep
+    return n;
+}
 
 /// Everything a task of forward or backward reads.
 template <class T, class Policy>
@@ -731,6 +771,7 @@ struct TiledCall {
     Grads<T> grads{};
     A* minus = nullptr;
     A* dq = nullptr;
+    bf16* rest = nullptr;  // (B, Hq, Lq, dv): what rounding took from o, for backward; null: not kept
 
     A scale() const { return static_cast<A>(scale_of(options, shape.head_dim)); }
     A bias(Index h) const { return in.bias ? in.bias(h) : static_cast<A>(options.bias); }
@@ -894,21 +935,22 @@ struct TiledCall {
             }
             load(in.v, b, q.key0 + j, kv, rows, A(1), s.inner_b, ldv);
             const Index soon = end - j - rows < inner_block ? end - j - rows : inner_block;
-            double reference = 0;
-            bool steep = false;
+            // Nothing that is done with a pair of a query and a key asks for tokens behind the query: outputs before a
+            // token are the same bits whatever the token is.
+            Index level = rows;  // keys from here on are steep: their channels are zero here and come pair by pair
             if constexpr (Policy::has_channels) {
+                const Index lds = padded(w.channels);
                 decay(b, kv, q.key0 + j, rows, s.inner_g);
-                reference = s.inner_g[rows - 1];
-                steep = !(s.inner_g[0] - reference <= steepest);
-                if (steep) {
-                    simd::run_body<AddRows<A>>(isa, static_cast<const A*>(s.inner_a + w.channel), w.ld, rows,
-                                               padded(w.channels), static_cast<const A*>(nullptr), false, s.channels_b,
-                                               padded(w.channels));
-                } else {
-                    simd::run_body<DecayFactors<A>>(isa, static_cast<const double*>(s.inner_g), reference, -1.0,
-                                                    padded(rows), s.factors);
-                    scale_channels(s.inner_a, w.ld, rows, s.factors);
-                }
+                level = level_keys<A>(s.inner_g, rows);
+                simd::run_body<DecayFactors<A>>(isa, static_cast<const double*>(s.inner_g), s.inner_g[0], -1.0, padded(rows),
+                                                s.factors);
+                scale_channels(s.inner_a, w.ld, level, s.factors);
+                for (Index r = level; r < rows; ++r)
+                    for (Index d = 0; d < lds; ++d) {
+                        A& x = s.inner_a[r * w.ld + w.channel + d];
+                        s.channels_b[r * lds + d] = x;
+                        x = A(0);
+                    }
             }
             for (Index p = 0; p < panels; ++p) {
                 const Index ahead = q.key0 + j + rows;
@@ -927,20 +969,20 @@ struct TiledCall {
                     if constexpr (Policy::has_channels) {
                         const A* from = s.channels_a + p * padded(w.channels) * panel + c0;
                         const double* g = s.outer_g + p * panel + c0;
-                        if (steep) {
-                            products(left, ldk, shape.head_dim, right, wide, tile.rows, s.tile);
-                            products(s.channels_b + r0 * padded(w.channels), padded(w.channels), w.channels, from, wide,
-                                     tile.rows, s.channel_tile);
-                            simd::run_body<DecayTile<A>>(isa, s.decay_tile, tile.rows, wide.begin, wide.end,
-                                                         static_cast<const double*>(s.inner_g + r0), g, true);
+                        // A query before the first key has a factor above 1, infinity even, but no key here.
+                        simd::run_body<DecayFactors<A>>(isa, g, s.inner_g[0], 1.0, wide.end, s.factors);
+                        simd::run_body<ScaleColumns<A>>(isa, from, w.channels, wide.begin, wide.end,
+                                                        static_cast<const A*>(s.factors), right + w.channel * panel);
+                        products(left, ldk, w.score, right, wide, tile.rows, s.tile);
+                        if (r0 + tile.rows > level) {
+                            const Index r = level > r0 ? level - r0 : 0, steep = tile.rows - r;
+                            products(s.channels_b + (r0 + r) * padded(w.channels), padded(w.channels), w.channels, from, wide,
+                                     steep, s.channel_tile);
+                            simd::run_body<DecayTile<A>>(isa, s.decay_tile, steep, wide.begin, wide.end,
+                                                         static_cast<const double*>(s.inner_g + r0 + r), g, true);
                             simd::run_body<MultiplyTile<A>>(isa, static_cast<const A*>(s.channel_tile),
-                                                            static_cast<const A*>(s.decay_tile), tile.rows, wide.begin,
-                                                            wide.end, true, s.tile);
-                        } else {
-                            simd::run_body<DecayFactors<A>>(isa, g, reference, 1.0, wide.end, s.factors);
-                            simd::run_body<ScaleColumns<A>>(isa, from, w.channels, wide.begin, wide.end,
-                                                            static_cast<const A*>(s.factors), right + w.channel * panel);
-                            products(left, ldk, w.score, right, wide, tile.rows, s.tile);
+                                                            static_cast<const A*>(s.decay_tile), steep, wide.begin, wide.end,
+                                                            true, s.tile + r * tile_stride);
                         }
                     } else {
                         products(left, ldk, w.score, right, wide, tile.rows, s.tile);
@@ -967,6 +1009,10 @@ struct TiledCall {
                 out.lse(b, q.query0 + first + i, h) = sum == A(0) ? -inf : s.running.largest[i] + std::log(sum);
         }
         store(out.o, b, q.query0 + first, h, count, s.sum_b, ldv, s.running.shrink, 1);
+        if constexpr (sizeof(T) == 2)
+            if (rest && shape.value_dim > 0)
+                simd::run_body<StoreRest<T>>(isa, static_cast<const A*>(s.sum_b), ldv, static_cast<const A*>(s.running.shrink),
+                                             count, shape.value_dim, rest_of(b, h, q.query0 + first));
     }
 
     // delta - dlse of queries of a sequence (eq. 8).
@@ -977,12 +1023,21 @@ struct TiledCall {
         if (shape.value_dim > 0)
             simd::run_body<DotRows<T>>(isa, static_cast<const T*>(&out.o(b, row, h, 0)), out.o.stride[1], out.o.stride[3],
                                        static_cast<const T*>(&upstream.o(b, row, h, 0)), upstream.o.stride[1],
-                                       upstream.o.stride[3], count, shape.value_dim, s.minus);
+                                       upstream.o.stride[3], count, shape.value_dim, s.minus, false);
+        if constexpr (sizeof(T) == 2)
+            if (rest && shape.value_dim > 0)
+                simd::run_body<DotRows<T, bf16>>(isa, static_cast<const bf16*>(rest_of(b, h, row)), shape.value_dim, Index{1},
+                                                 static_cast<const T*>(&upstream.o(b, row, h, 0)), upstream.o.stride[1],
+                                                 upstream.o.stride[3], count, shape.value_dim, s.minus, true);
         for (Index i = 0; i < count; ++i) {
             const bool empty = out.lse(b, row + i, h) == -std::numeric_limits<A>::infinity();
             const A dlse = upstream.lse ? upstream.lse(b, row + i, h) : A(0);
             minus[(b * shape.query_heads + h) * shape.queries + row + i] = empty ? A(0) : s.minus[i] - dlse;
         }
+    }
+
+    bf16* rest_of(Index b, Index h, Index row) const {
+        return rest + ((b * shape.query_heads + h) * shape.queries + row) * shape.value_dim;
     }
 
     /// Adds what keys [first, last) give to dq of queries [i, i + rows) (and to dC); rows whose first key lies there
@@ -1032,8 +1087,8 @@ struct TiledCall {
         load_keys(b, kv, q.key0 + first, count, s.outer_rows, ldk);
         if constexpr (Policy::has_channels) {
             decay(b, kv, q.key0 + first, count, s.outer_g);
-            reference = s.outer_g[count - 1];
-            steep = !(s.outer_g[0] - reference <= steepest);
+            reference = s.outer_g[0];
+            steep = level_keys<A>(s.outer_g, count) < count;  // one steep key makes all of the block pairs: gradients may
             if (!steep) {
                 simd::run_body<DecayFactors<A>>(isa, static_cast<const double*>(s.outer_g), reference, -1.0, padded(count),
                                                 s.factors);
@@ -1211,9 +1266,10 @@ void tiled_tasks(const cpu& exec, const TiledCall<T, Policy>& call, Workspace ws
 
 template <class T, class Policy = Plain>
 void tiled_forward(const cpu& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out,
-                   Workspace ws, const Policy& policy = {}) {
+                   Workspace ws, const Policy& policy = {}, bf16* rest = nullptr) {
     using Scratch = TiledScratch<acc_t<T>>;
-    const TiledCall<T, Policy> call{options, in, out, shape_of(in), exec.isa, policy};
+    TiledCall<T, Policy> call{options, in, out, shape_of(in), exec.isa, policy};
+    call.rest = rest;
     const auto piece = [&](Index b, Index h, Index, const Sequence& q, Index first, Index last, const Scratch& w) {
         call.forward_piece(b, h, q, first, last, w);
     };
@@ -1228,7 +1284,8 @@ void tiled_forward(const cpu& exec, const Options& options, const Inputs<T>& in,
 
 template <class T, class Policy = Plain>
 void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out,
-                    const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws, const Policy& policy = {}) {
+                    const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws, const Policy& policy = {},
+                    bf16* rest = nullptr) {
     using A = acc_t<T>;
     using Scratch = TiledScratch<A>;
     TiledCall<T, Policy> call{options, in, out, shape_of(in), exec.isa, policy, upstream, grads};
@@ -1237,6 +1294,7 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in
     const TiledWorkspace<A> shared(arena, s, pass::backward, call.channels());
     call.minus = shared.minus;
     call.dq = shared.dq;
+    call.rest = rest;
     const Index blocks = ceil_div(s.keys, block_of(s.batch * s.kv_heads, s.keys));
     for (Index x = 0; x < s.batch * s.kv_heads * blocks; ++x) shared.progress[x] = 0;
 

@@ -50,7 +50,7 @@ template <class T>
 struct BackwardCall {
     View<const T, 4> dout;
     const RowStatistics<float>* statistics;  // (B, Hq, Lq)
-    const HalfRange* range;           // float16 only
+    const HalfRange* range;                  // float16 only
     bool wide_dout;
 };
 

@@ -126,35 +126,35 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
             }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), 0, 0, lane_id);
             if (call.scale < 0.0f)
-    #pragma unroll
+#pragma unroll
                 for (int i = 0; i < m; ++i)
-    #pragma unroll
+#pragma unroll
                     for (int t = 0; t < tiles; ++t)
-    #pragma unroll
+#pragma unroll
                         for (int e = 0; e < 4; ++e) s[i][t][e] = -s[i][t][e];
-            const int position = position0 + 16 * m * warp + lane.group;
+            const int position = low + lane.group;
             if constexpr (Policy::adds_term)
-    #pragma unroll
+#pragma unroll
                 for (int i = 0; i < m; ++i)
-    #pragma unroll
+#pragma unroll
                     for (int t = 0; t < tiles; ++t)
-    #pragma unroll
+#pragma unroll
                         for (int e = 0; e < 4; ++e)
                             s[i][t][e] += call.policy.score_term(at.head, position + 16 * i + 8 * (e / 2), j + 8 * t + 2 * lane.quad + e % 2) / fabsf(call.scale);
             if (j < call.mask.first_key(high) || j + tile > call.mask.end_key(low, at.keys))
-    #pragma unroll
+#pragma unroll
                 for (int i = 0; i < m; ++i) mask_scores(s[i], call.mask, position + 16 * i, j, at.keys, lane.quad);
 
-                if constexpr (softmax) {
+            if constexpr (softmax) {
                 float top[m][2];
                 bool grows = false;
 #pragma unroll
                 for (int i = 0; i < m; ++i)
 #pragma unroll
                     for (int row = 0; row < 2; ++row) {
-                        float x = s[i][0][2 * row];
+                        float x = fmaxf(s[i][0][2 * row], s[i][0][2 * row + 1]);
 #pragma unroll
-                        for (int t = 0; t < tiles; ++t) x = fmaxf(x, t == 0 ? s[i][0][2 * row + 1] : fmaxf(s[i][t][2 * row], s[i][t][2 * row + 1]));
+                        for (int t = 1; t < tiles; ++t) x = fmaxf(x, fmaxf(s[i][t][2 * row], s[i][t][2 * row + 1]));
                         x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
                         x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
                         top[i][row] = x * c;

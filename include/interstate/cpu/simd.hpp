@@ -194,15 +194,10 @@ INTERSTATE_INLINE void store_as(T* p, const Vec<A, N>& x) {
     }
 }
 
-/// exp(x), to about 1 ulp for float and 2 for double. NaN stays NaN, overflow is +inf, and what would
-/// be below 2^-125 (float) or 2^-1021 (double), exp(-inf) included, is 0: a softmax has no use for
-/// subnormal weights. x = n ln2 + r with |r| <= ln2/2; ln2 in two parts makes n ln2 exact to both.
+/// x = n ln2 + r with |r| <= ln2/2; ln2 in two parts makes n ln2 exact to both. Returns exp(r), and n.
 template <int N>
-INTERSTATE_INLINE Vec<float, N> exp(const Vec<float, N>& x0) {
+INTERSTATE_INLINE Vec<float, N> exp_of_rest(const Vec<float, N>& x, typename Vec<float, N>::int_type& n_out) {
     using V = Vec<float, N>;
-    using Int = typename V::int_type;
-    // The constant comes first: max(c, NaN) is NaN.
-    const V x = min(broadcast<V>(89.0f), max(broadcast<V>(-87.34f), x0));
     const V shifter = broadcast<V>(12582912.0f);  // 1.5 * 2^23: its sum with t holds round(t) in the low bits
     const V t = fma(x, broadcast<V>(1.44269504088896341f), shifter);
     const V n = t - shifter;
@@ -214,14 +209,31 @@ INTERSTATE_INLINE Vec<float, N> exp(const Vec<float, N>& x0) {
     p = fma(p, r, broadcast<V>(4.1665795894e-2f));
     p = fma(p, r, broadcast<V>(1.6666665459e-1f));
     p = fma(p, r, broadcast<V>(5.0000001201e-1f));
-    p = fma(p, r * r, r) + broadcast<V>(1.0f);
+    std::memcpy(&n_out, &t.v, sizeof n_out);
+    n_out -= 0x4b400000;
+    return fma(p, r * r, r) + broadcast<V>(1.0f);
+}
+/// 2^(biased - 127), from 0 and up to what floats have.
+template <int N>
+INTERSTATE_INLINE Vec<float, N> power_of_two(const typename Vec<float, N>::int_type& biased) {
+    const typename Vec<float, N>::int_type bits = biased << 23;
+    Vec<float, N> scale;
+    std::memcpy(&scale.v, &bits, sizeof bits);
+    return scale;
+}
+
+/// exp(x), to about 1 ulp for float and 2 for double. NaN stays NaN, overflow is +inf, and what would
+/// be below 2^-125 (float) or 2^-1021 (double), exp(-inf) included, is 0: a softmax has no use for
+/// subnormal weights.
+template <int N>
+INTERSTATE_INLINE Vec<float, N> exp(const Vec<float, N>& x0) {
+    using V = Vec<float, N>;
+    // The constant comes first: max(c, NaN) is NaN.
+    const V x = min(broadcast<V>(89.0f), max(broadcast<V>(-87.34f), x0));
+    typename V::int_type n;
+    V p = exp_of_rest(x, n);
     // 2^(n-1), doubled afterwards: n = 128 is still finite, and n = -126 gives zero.
-    Int e;
-    std::memcpy(&e, &t.v, sizeof e);
-    e = (e - 0x4b400000 + 126) << 23;
-    V scale;
-    std::memcpy(&scale.v, &e, sizeof e);
-    p = p * scale;
+    p = p * power_of_two<N>(n + 126);
     return p + p;
 }
 template <int N>
@@ -261,27 +273,9 @@ INTERSTATE_INLINE Vec<double, N> exp(const Vec<double, N>& x0) {
 template <int N>
 INTERSTATE_INLINE Vec<float, N> exp_nonpositive(const Vec<float, N>& x0) {
     using V = Vec<float, N>;
-    using Int = typename V::int_type;
-    const V x = max(broadcast<V>(-88.0f), x0);
-    const V shifter = broadcast<V>(12582912.0f);
-    const V t = fma(x, broadcast<V>(1.44269504088896341f), shifter);
-    const V n = t - shifter;
-    V r = fnma(n, broadcast<V>(0.693359375f), x);
-    r = fnma(n, broadcast<V>(-2.12194440e-4f), r);
-    V p = broadcast<V>(1.9875691500e-4f);
-    p = fma(p, r, broadcast<V>(1.3981999507e-3f));
-    p = fma(p, r, broadcast<V>(8.3334519073e-3f));
-    p = fma(p, r, broadcast<V>(4.1665795894e-2f));
-    p = fma(p, r, broadcast<V>(1.6666665459e-1f));
-    p = fma(p, r, broadcast<V>(5.0000001201e-1f));
-    p = fma(p, r * r, r) + broadcast<V>(1.0f);
-    // 2^n: n = 0 at most, and n = -127 gives zero.
-    Int e;
-    std::memcpy(&e, &t.v, sizeof e);
-    e = (e - 0x4b400000 + 127) << 23;
-    V scale;
-    std::memcpy(&scale.v, &e, sizeof e);
-    return p * scale;
+    typename V::int_type n;
+    const V p = exp_of_rest(max(broadcast<V>(-88.0f), x0), n);
+    return p * power_of_two<N>(n + 127);  // n = 0 at most, and n = -127 gives zero
 }
 template <int N>
 INTERSTATE_INLINE Vec<double, N> exp_nonpositive(const Vec<double, N>& x) {

@@ -199,6 +199,17 @@ inline std::size_t tiled_workspace_size(const cpu& exec, const Shape& s, pass wh
     return measure.required();
 }
 
+/// What rounding takes from o in 16-bit storage and softmax, kept for delta: a score gradient is p (dp - delta + dlse), and
+/// where values are much alike dp - delta is far below delta, whose share of o's rounding is then most of its error.
+inline std::size_t tiled_saved_size(const Options& options, const Shape& s) {
+    const bool keep = options.score == Score::softmax && (s.dtype == DType::f16 || s.dtype == DType::bf16);
+    return keep ? static_cast<std::size_t>(s.batch * s.query_heads * s.queries * s.value_dim) * sizeof(bf16) : 0;
+}
+template <class T, class P>
+bf16* rest_of_o(const Options& options, const Inputs<T, P>& in, Saved saved) {
+    return tiled_saved_size(options, shape_of(in)) > 0 ? static_cast<bf16*>(saved.data) : nullptr;
+}
+
 /// The importance term as a policy of attention.
 template <class A, class P>
 struct Importance : attention::Plain {
@@ -387,25 +398,28 @@ void zero_outside(const View<X, 4>& x, const View<const std::int32_t, 1>& cu) {
 }
 
 template <class T, class P>
-void tiled_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Workspace ws) {
+void tiled_forward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
+                   Workspace ws) {
+    bf16* const rest = rest_of_o(options, in, saved);
     using A = acc_t<T>;
     const Shape s = shape_of(in);
     const attention::Inputs<T> plain_in = attention_of(in);
     const attention::Outputs<T> plain_out{out.o, out.lse};
     const attention::Options plain = attention_of(options);
-    if (s.state_dim == 0) return attention::detail::tiled_forward(exec, plain, plain_in, plain_out, ws);
+    if (s.state_dim == 0) return attention::detail::tiled_forward(exec, plain, plain_in, plain_out, ws, attention::Plain{}, rest);
     Arena arena(ws.data);
     const Tables<A> tables(arena, exec, s, pass::forward);
     const Lines<T, P> lines{exec, options, in, s, tables};
     lines.for_each([&](Index b, Index kv, RowRange keys, int worker) { lines.prelude(b, kv, keys, worker); });
     attention::detail::tiled_forward(exec, plain, plain_in, plain_out, Workspace{tables.rest, 0},
-                                     Importance<A, P>(tables, s, in.lam));
+                                     Importance<A, P>(tables, s, in.lam), rest);
 }
 
 template <class T, class P>
-void tiled_backward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out,
+void tiled_backward(const cpu& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved,
                     const Upstream<T>& upstream, const Grads<T, P>& grads, Workspace ws) {
     using A = acc_t<T>;
+    bf16* const rest = rest_of_o(options, in, saved);
     const Shape s = shape_of(in);
     const attention::Inputs<T> plain_in = attention_of(in);
     const attention::Outputs<T> plain_out{out.o, out.lse};
@@ -413,7 +427,8 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T, P>&
     const attention::Grads<T> plain_grads{grads.q, grads.k, grads.v};
     const attention::Options plain = attention_of(options);
     if (s.state_dim == 0) {
-        attention::detail::tiled_backward(exec, plain, plain_in, plain_out, plain_upstream, plain_grads, ws);
+        attention::detail::tiled_backward(exec, plain, plain_in, plain_out, plain_upstream, plain_grads, ws,
+                                          attention::Plain{}, rest);
         fill_zero(grads.log_alpha), fill_zero(grads.lam);
         return;
     }
@@ -422,7 +437,7 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T, P>&
     const Lines<T, P> lines{exec, options, in, s, tables};
     lines.for_each([&](Index b, Index kv, RowRange keys, int worker) { lines.prelude(b, kv, keys, worker); });
     attention::detail::tiled_backward(exec, plain, plain_in, plain_out, plain_upstream, plain_grads,
-                                      Workspace{tables.rest, 0}, Importance<A, P>(tables, s, in.lam));
+                                      Workspace{tables.rest, 0}, Importance<A, P>(tables, s, in.lam), rest);
     for (Index x = 0; x < s.batch * s.query_heads; ++x) tables.dlam[x] = 0.0;
     lines.for_each([&](Index b, Index kv, RowRange keys, int worker) { lines.epilogue(grads, b, kv, keys, worker); });
     zero_outside(grads.C, in.cu_seqlens), zero_outside(grads.B, in.cu_seqlens), zero_outside(grads.theta, in.cu_seqlens);
