@@ -166,8 +166,9 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
                     for (int i = 0; i < m; ++i)
 #pragma unroll
                         for (int row = 0; row < 2; ++row) {
-                            const float now = fmaxf(shift[i][row], top[i][row]);
-                            const float shrink = now == -INFINITY ? 1.0f : exp2_of(shift[i][row] - now);
+                            // Row by row, so that a row's bits do not depend on its neighbours.
+                            if (!(top[i][row] > shift[i][row] + slack)) continue;
+                            const float now = top[i][row], shrink = exp2_of(shift[i][row] - now);
                             shift[i][row] = now;
                             total[i][row] *= shrink;
 #pragma unroll
