@@ -29,9 +29,8 @@ struct KeyForm {
     static constexpr int tile = narrow ? (dim == 64 ? 64 : dim == 128 ? 32 : 16) : (dim == 64 ? 32 : 16), part = narrow && dim <= 128 ? 32 : 16;
     static constexpr int shares = narrow ? (dim == 256 ? 2 : 1) : dim / 64, share = dim / shares;
     static constexpr int blocks = (narrow && dim <= 128) || dim == 64 ? 2 : 1;  // a multiprocessor
-    static constexpr int decay_tiles = channels > 0 ? (rows + decay_tile - 1) / decay_tile : 0;
-    static constexpr std::size_t shared = sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile)) +
-                                          2 * tile * (sizeof(RowStatistics<float>) + decay_tiles * sizeof(float));
+    static constexpr std::size_t shared = sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * (rows / decay_tile) * tile)) +
+                                          2 * tile * sizeof(RowStatistics<float>);
 };
 
 /// What score gradients are multiplied by before they are rounded to float16, which has a narrow range: a power of two that
@@ -66,72 +65,99 @@ __device__ void weigh(float& s, float& dp, float c, float lse2, float minus) {
     }
 }
 
-/// What the decay since the first key of its decay tile makes of each column of queries, for every decay tile of a block's keys,
-/// for the tile of queries of a step and the next one, in shared memory: as RowDecays, the other way round.
+/// The queries' channels of a step, times strength / scale and the decay since the first key of a decay tile, for every decay
+/// tile of a block's keys, in shared memory: products with keys as they are stored are then scores. A thread makes its share
+/// of the next step in the time that the products of a step take. A steep decay tile has the strength alone; decays are
+/// put in pair by pair.
 template <class T, int rows, int tile, int threads, int channels>
-class ColumnDecays {
-    static constexpr int decay_tiles = (rows + decay_tile - 1) / decay_tile, count = decay_tiles * tile;
-    static_assert(count <= threads && (rows % decay_tile == 0 || decay_tile % rows == 0));
+class ScaledQueries {
+    static constexpr int decay_tiles = rows / decay_tile, V = device::chunk_columns<T>, of_row = channels / V, chunks = tile * of_row;
+    static constexpr int each = (chunks + threads - 1) / threads;
+    static constexpr bool early = each <= 2;  // registers keep what comes next
+    static_assert(rows % decay_tile == 0);
+    using Tile = device::Swizzled<T, tile, channels>;
 
   public:
+    static constexpr std::size_t bytes = sizeof(T) * 2 * decay_tiles * Tile::size;
+
+    /// `own`: the first of the warp's keys.
     template <class Policy>
-    __device__ ColumnDecays(void* memory, const Policy& policy, const Place& at, int low, int thread)
-        : factors_(static_cast<float*>(memory)), thread_(thread), first_(0.0), tile_(low / decay_tile - at.first / decay_tile) {
-        const int own = at.first / decay_tile + thread / tile, here = low / decay_tile;
-        own_ = g_of(policy, at, own * decay_tile);
-        first_ = g_of(policy, at, here * decay_tile);
-        steep_ = Policy::steep(first_, g_of(policy, at, here * decay_tile + decay_tile - 1));
+    __device__ ScaledQueries(void* memory, const Policy& policy, const Place& at, int own, float over_scale, int thread)
+        : data_(static_cast<T*>(memory)), thread_(thread), over_scale_(over_scale), levels_(policy, at, at.head), tile_((own - at.first) / decay_tile) {
+#pragma unroll
+        for (int d = 0; d < decay_tiles; ++d) {
+            first_[d] = levels_(at.first + d * decay_tile);
+            steep_[d] = Policy::steep(first_[d], levels_(at.first + (d + 1) * decay_tile - 1));
+        }
     }
-    /// Begins with the step whose first query, of `head`, stands at `position`, and later ends.
+    /// Begins with the step of `count` queries of `head` from row `row` on, of which the first stands at `position`; store() ends.
     template <class Policy>
-    __device__ void load(const Policy& policy, const Place& at, int head, int position) {
-        query_ = g_of(policy, at, position + thread_ % tile);
-        strength_ = policy.strength(head);
+    __device__ void load(const Policy& policy, Index batch, Index row, int head, int position, int count) {
+        from_ = &policy.c(batch, row, head, 0);
+        stride_ = static_cast<int>(policy.c.stride[1]);
+        position_ = position;
+        count_ = count;
+        strength_ = policy.strength(head) * over_scale_;
+        if constexpr (early)
+#pragma unroll
+            for (int e = 0; e < each; ++e) fetch(e, e);
     }
-    __device__ void store(int step) const {
-        if (thread_ < count) factors_[step % 2 * count + thread_] = strength_ * decay_of(query_, own_);
+    __device__ void store(int step) {
+#pragma unroll
+        for (int e = 0; e < each; ++e) {
+            if constexpr (!early) fetch(0, e);
+            const int chunk = thread_ + e * threads, kept = early ? e : 0;
+            if (chunks % threads != 0 && chunk >= chunks) break;
+#pragma unroll
+            for (int d = 0; d < decay_tiles; ++d) {
+                const float f = strength_ * (steep_[d] ? 1.0f : decay_of(query_[kept], first_[d]));
+                T* const to = of(step, d).at(chunk / of_row, chunk % of_row * V);
+                device::Wide<T> scaled;
+#pragma unroll
+                for (int v = 0; v < V; v += 2)
+                    device::put_pair(scaled.x + v, f * device::load_as<float>(chunk_[kept].x[v]), f * device::load_as<float>(chunk_[kept].x[v + 1]));
+                *reinterpret_cast<int4*>(to) = __builtin_bit_cast(int4, scaled);
+            }
+        }
     }
-    /// x[i][t][e] *= times, strength and the decay of its pair: a lane's rows of keys from `key` on, columns n .. of the step,
-    /// queries of `head`, the first at `position`.
-    template <int m, int tiles, class Policy>
-    __device__ void apply(float (&x)[m][tiles][4], float times, int step, int n, const Policy& policy, const Place& at, int head, int key,
-                          int position, int quad) const {
-        const float* const factors = factors_ + step % 2 * count + tile_ * tile + n + 2 * quad;
-        if (steep_) {
-            each_apart(x, [&](int i, int t, int e, float value) {
-                const double g = g_of(policy, at, key + 16 * i + 8 * (e / 2));
-                return value * (times * (Policy::steep(first_, g) ? policy.strength(head) * decay_of(g_of(policy, at, position + 8 * t + 2 * quad + e % 2), g) : factors[8 * t + e % 2]));
-            });
-            return;
-        }
-#pragma unroll
-        for (int t = 0; t < tiles; ++t) {
-            const float2 factor = *reinterpret_cast<const float2*>(factors + 8 * t);
-            const float even = times * factor.x, odd = times * factor.y;
-#pragma unroll
-            for (int i = 0; i < m; ++i)
-#pragma unroll
-                for (int e = 0; e < 4; ++e) x[i][t][e] *= e % 2 == 0 ? even : odd;
-        }
+    /// For the warp's keys.
+    __device__ Tile operator()(int step) const { return of(step, tile_); }
+    __device__ bool steep() const { return steep_[tile_]; }
+    /// x[i][t][e] *= the decay of its pair, in a steep decay tile: a lane's rows of keys from `key` on, columns of queries from
+    /// `position` on.
+    template <int m, int tiles>
+    __device__ void put_in(float (&x)[m][tiles][4], int key, int position, int quad) const {
+        const double first = first_[tile_];
+        each_apart(x, [&](int i, int t, int e, float value) {
+            const double g = levels_(key + 16 * i + 8 * (e / 2));
+            return value * decay_of(levels_(position + 8 * t + 2 * quad + e % 2), Channels<T, channels>::steep(first, g) ? g : first);
+        });
     }
 
   private:
-    template <class Policy>
-    static __device__ double g_of(const Policy& policy, const Place& at, int position) {
-        return policy.g && at.keys > 0 ? policy.g(at.batch, at.key0 + min(max(position, 0), at.keys - 1), at.head) : 0.0;
+    __device__ Tile of(int step, int d) const { return Tile{data_ + (step % 2 * decay_tiles + d) * Tile::size}; }
+    __device__ void fetch(int kept, int e) {
+        const int chunk = thread_ + e * threads, row = chunk / of_row;
+        chunk_[kept] = {};
+        if (row < count_) chunk_[kept] = device::load_wide(from_ + row * stride_ + chunk % of_row * V);
+        query_[kept] = levels_(position_ + row);
     }
-    float* factors_;
+    T* data_;
     int thread_;
-    double first_, own_, query_ = 0.0;
-    float strength_ = 0.0f;
-    int tile_;
-    bool steep_;
+    float over_scale_, strength_ = 0.0f;
+    Levels levels_;
+    int tile_, position_ = 0, count_ = 0, stride_ = 0;
+    const T* from_ = nullptr;
+    double first_[decay_tiles], query_[early ? each : 1] = {};
+    bool steep_[decay_tiles];
+    device::Wide<T> chunk_[early ? each : 1];
 };
 template <class T, int rows, int tile, int threads>
-class ColumnDecays<T, rows, tile, threads, 0> {
+class ScaledQueries<T, rows, tile, threads, 0> {
   public:
+    static constexpr std::size_t bytes = 0;
     template <class... Unused>
-    __device__ explicit ColumnDecays(const Unused&...) {}
+    __device__ explicit ScaledQueries(const Unused&...) {}
 };
 
 inline namespace INTERSTATE_KERNELS {
@@ -205,7 +231,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
     if (steps > 0) {
         fetch(0);
         if constexpr (channels > 0) {
-            decays.load(call.policy, at, kv_head, first_key(0));
+            decays.load(first_key(0));
             decays.store(0);
         }
     }
@@ -240,7 +266,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
     for (int step = 0; step < steps; ++step) {
         if (step + 1 < steps) {
             fetch(step + 1);
-            if constexpr (channels > 0) decays.load(call.policy, at, kv_head, first_key(step + 1));
+            if constexpr (channels > 0) decays.load(first_key(step + 1));
         }
 #pragma unroll 1
         for (int n = 0; n < tile; n += part) {
@@ -253,7 +279,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
             const int row = 16 * m * warp + lane.group;
             if constexpr (channels > 0) {
                 multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), n, 0, lane_id);
-                decays.apply(s, strength, step, call.policy, at, kv_head, row, position, j, lane.quad);
+                decays.apply(s, strength, step, row, position, j, lane.quad);
             }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, douts, values(step).as_stored(), n, 0, lane_id);
@@ -293,7 +319,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
             multiply_rows<precision, part>(sum, Rows16<precision, m, part>(dp), keys(step).transposed(), 0, n, lane_id);
             if constexpr (channels > 0) {
                 const bool steep = decays.steep(step);
-                if (steep) decays.apply(dp, 1.0f, step, call.policy, at, kv_head, row, position, j, lane.quad);
+                if (steep) decays.apply(dp, 1.0f, step, row, position, j, lane.quad);
                 float of_tile[m][channels / 8][4];
                 clear(of_tile);
                 multiply_rows<precision, part>(of_tile, Rows16<precision, m, part>(dp), channel_keys(step).transposed(), 0, n, lane_id);
@@ -354,10 +380,10 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     const auto queries = [&](int step) { return Queries{stages + step % 2 * 2 * Queries::size}; };
     const auto douts = [&](int step) { return Queries{stages + (step % 2 * 2 + 1) * Queries::size}; };
     using ChannelRows = device::Swizzled<T, Form::rows, channels ? channels : dim>;
-    using ChannelQueries = device::Swizzled<T, tile, channels ? channels : dim>;
     const ChannelRows channel_rows{stages + 4 * Queries::size};
-    const auto channel_queries = [&](int step) { return ChannelQueries{channel_rows.data + ChannelRows::size + step % 2 * ChannelQueries::size}; };
-    auto* const statistics = reinterpret_cast<RowStatistics<float>*>(stages + 4 * Queries::size + channels * (Form::rows + 2 * tile));
+    T* const scaled_queries = channel_rows.data + (channels ? ChannelRows::size : 0);
+    using Scaled = ScaledQueries<T, Form::rows, tile, threads, channels>;
+    auto* const statistics = reinterpret_cast<RowStatistics<float>*>(scaled_queries + Scaled::bytes / sizeof(T));
 
     Place at;
     if (!find_place(at, call.shape, call.in.cu_seqlens, tiling, call.shape.keys, Form::rows, false, blockIdx.x / Form::shares)) return;
@@ -366,19 +392,19 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     const Lane lane(lane_id);
     const int group = static_cast<int>(call.shape.group()), offset = at.offset();
     const int count = min(Form::rows, at.keys - at.first);
-    ColumnDecays<T, Form::rows, tile, threads, channels> decays(statistics + 2 * tile, call.policy, at, at.first + 16 * m * warp, thread);
+    Scaled scaled(scaled_queries, call.policy, at, at.first + 16 * m * warp, 1.0f / call.scale, thread);
     // Queries that read any of the keys, counted from the sequence's first query.
     const int begin = max(call.mask.first_position(at.first) - offset, 0) / tile * tile;
     const int end = min(call.mask.end_position(at.first + count - 1, at.keys) - offset, at.queries);
-    const int of_head = end > begin ? (end - begin + tile - 1) / tile : 0, steps = of_head * group;
-    const auto fetch = [&](int step) {
-        const int i = begin + step % of_head * tile, head = at.head * group + step / of_head, there = min(tile, at.queries - i);
+    const int steps = end > begin ? (end - begin + tile - 1) / tile * group : 0;
+    // Where a step's queries begin, head by head.
+    const auto after = [&](int2 x) { return x.x + tile < end ? make_int2(x.x + tile, x.y) : make_int2(begin, x.y + 1); };
+    int2 now = make_int2(begin, at.head * group);
+    const auto fetch = [&](int step, int i, int head) {
+        const int there = min(tile, at.queries - i);
         queries(step).template copy_in<threads>({call.in.q, at.batch, at.query0 + i, head, there, call.wide_q}, thread);
         douts(step).template copy_in<threads>({up.dout, at.batch, at.query0 + i, head, there, up.wide_dout}, thread);
-        if constexpr (channels > 0) {
-            channel_queries(step).template copy_in<threads>({call.policy.c, at.batch, at.query0 + i, head, there, true}, thread);
-            decays.load(call.policy, at, head, i + offset);
-        }
+        if constexpr (channels > 0) scaled.load(call.policy, at.batch, at.query0 + i, head, i + offset, there);
         if (thread < tile) {
             RowStatistics<float>* const to = statistics + step % 2 * tile + thread;
             if (softmax && thread < there)
@@ -392,8 +418,8 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     if constexpr (channels > 0)
         channel_rows.template copy_in<threads>({call.policy.b, at.batch, at.key0 + at.first, at.head, count, true}, thread);
     if (steps > 0) {
-        fetch(0);
-        if constexpr (channels > 0) decays.store(0);
+        fetch(0, now.x, now.y);
+        if constexpr (channels > 0) scaled.store(0);
     }
     device::wait_for_copies();
     __syncthreads();
@@ -407,12 +433,11 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     clear(sum_b);
     const float c = call.scale * float(log2_e), larger = is_half ? half_gradients(*up.range) : 1.0f;
     const float scale_k = call.scale / larger, scale_v = is_half ? 1.0f / half_weights : 1.0f;
-    const float over_scale = 1.0f / call.scale;
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        if (step + 1 < steps) fetch(step + 1);
-        const int i0 = begin + step % of_head * tile;
+        if (step + 1 < steps) fetch(step + 1, after(now).x, after(now).y);
+        const int i0 = now.x;
 #pragma unroll 1
         for (int n = 0; n < tile; n += part) {
             // Queries i0 + n .. of these columns, keys first_key .. of the warp's rows.
@@ -422,8 +447,8 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
             clear(s);
             clear(dp);
             if constexpr (channels > 0) {
-                multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_queries(step).as_stored(), n, 0, lane_id);
-                decays.apply(s, over_scale, step, n, call.policy, at, at.head * group + step / of_head, low + lane.group, first, lane.quad);
+                multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), scaled(step).as_stored(), n, 0, lane_id);
+                if (scaled.steep()) scaled.put_in(s, low + lane.group, first, lane.quad);
             }
             multiply_rows<precision, dim>(s, keys, queries(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, values, douts(step).as_stored(), n, 0, lane_id);
@@ -434,7 +459,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
                     for (int t = 0; t < tiles; ++t)
 #pragma unroll
                         for (int e = 0; e < 4; ++e)
-                            s[i][t][e] += call.policy.score_term(at.head * group + step / of_head, first + 8 * t + 2 * lane.quad + e % 2,
+                            s[i][t][e] += call.policy.score_term(now.y, first + 8 * t + 2 * lane.quad + e % 2,
                                                           low + 16 * i + lane.group + 8 * (e / 2)) / call.scale;
             const bool masked = first < call.mask.first_position(high) || first + part > call.mask.end_position(low, at.keys) || i0 + n + part > at.queries;
 #pragma unroll
@@ -471,11 +496,12 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
             multiply_rows<precision, part>(sum_v, Rows16<precision, m, part>(s), douts(step).transposed(), column0, n, lane_id);
             multiply_rows<precision, part>(sum_k, Rows16<precision, m, part>(dp), queries(step).transposed(), column0, n, lane_id);
             if constexpr (channels > 0) {
-                decays.apply(dp, 1.0f, step, n, call.policy, at, at.head * group + step / of_head, low + lane.group, first, lane.quad);
-                multiply_rows<precision, part>(sum_b, Rows16<precision, m, part>(dp), channel_queries(step).transposed(), 0, n, lane_id);
+                if (scaled.steep()) scaled.put_in(dp, low + lane.group, first, lane.quad);
+                multiply_rows<precision, part>(sum_b, Rows16<precision, m, part>(dp), scaled(step).transposed(), 0, n, lane_id);
             }
         }
-        if constexpr (channels > 0) decays.store(step + 1);
+        if constexpr (channels > 0) scaled.store(step + 1);
+        now = after(now);
         device::wait_for_copies();
         __syncthreads();
     }
@@ -504,7 +530,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
 #pragma unroll
                 for (int t = 0; t < channels / 8; ++t)
                     *reinterpret_cast<float2*>(&call.policy.db(at.batch, at.key0 + at.first + r, at.head, 8 * t + 2 * lane.quad)) =
-                        make_float2(sum_b[i][t][e] / larger, sum_b[i][t][e + 1] / larger);
+                        make_float2(sum_b[i][t][e] * scale_k, sum_b[i][t][e + 1] * scale_k);
             }
     }
 }

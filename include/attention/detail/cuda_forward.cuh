@@ -86,7 +86,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
     if (steps > 0) {
         fetch(0);
         if constexpr (channels > 0) {
-            decays.load(call.policy, at, kv_head, first_key(0));
+            decays.load(first_key(0));
             decays.store(0);
         }
     }
@@ -113,7 +113,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
     for (int step = 0; step < steps; ++step) {
         if (step + 1 < steps) {
             fetch(step + 1);
-            if constexpr (channels > 0) decays.load(call.policy, at, kv_head, first_key(step + 1));
+            if constexpr (channels > 0) decays.load(first_key(step + 1));
         }
         const int j = first_key(step);
         const int low = position0 + 16 * m * warp, high = low + 16 * m - 1;
@@ -122,7 +122,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
             clear(s);
             if constexpr (channels > 0) {
                 multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), 0, 0, lane_id);
-                decays.apply(s, strength, step, call.policy, at, kv_head, 16 * m * warp + lane.group, position0 + 16 * m * warp + lane.group, j, lane.quad);
+                decays.apply(s, strength, step, 16 * m * warp + lane.group, position0 + 16 * m * warp + lane.group, j, lane.quad);
             }
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), 0, 0, lane_id);
             if (call.scale < 0.0f)

@@ -145,7 +145,7 @@ struct Channels {
     static constexpr int channels = count;  // a power of two from 16 on; more than there are, are zero
     View<const T, 4> c;                     // (B, Lq, Hq, count)
     View<const T, 4> b;                     // (B, Lk, Hkv, count)
-    View<const double, 3> g;                // (B, Lk, Hkv), in powers of two, never increasing; null: no decay
+    View<const double, 3> g;                // (B, Lk, Hkv), in powers of two, never increasing, stride 1 along Lk; null: no decay
     View<const float, 1> strength;          // (Hq)
     View<float, 4> dc, db;                  // of c, over strength, and of b as it is stored; backward
 
@@ -244,6 +244,18 @@ __device__ void multiply_rows(float (&c)[m][tiles][4], const A& a, const B& b, i
     }
 }
 
+/// g of one head of a sequence.
+struct Levels {
+    const double* g;  // null: no decay
+    int last;         // position
+
+    template <class Policy>
+    __device__ Levels(const Policy& policy, const Place& at, int kv_head)
+        : g(policy.g && at.keys > 0 ? &policy.g(at.batch, at.key0, kv_head) : nullptr), last(at.keys - 1) {}
+    /// Of a position, the last one where there is none.
+    __device__ double operator()(int position) const { return g ? g[min(max(position, 0), last)] : 0.0; }
+};
+
 /// exp(g of a query - g of a key); 1 where the query is before the key, so that what a mask leaves out stays finite.
 __device__ inline float decay_of(double query, double key) { return exp2_of(fminf(static_cast<float>(query - key), 0.0f)); }
 
@@ -268,15 +280,14 @@ class RowDecays {
 
     template <class Policy>
     __device__ RowDecays(void* memory, const Policy& policy, const Place& at, int kv_head, int first_position, int thread)
-        : ends_(static_cast<double*>(memory)), factors_(reinterpret_cast<float*>(ends_ + 4)), thread_(thread),
-          own_(g_of(policy, at, kv_head, first_position + thread)) {}
+        : ends_(static_cast<double*>(memory)), factors_(reinterpret_cast<float*>(ends_ + 4)), thread_(thread), levels_(policy, at, kv_head),
+          own_(levels_(first_position + thread)) {}
 
     /// Begins with the step whose keys begin at j, and later ends.
-    template <class Policy>
-    __device__ void load(const Policy& policy, const Place& at, int kv_head, int j) {
+    __device__ void load(int j) {
         const int tile = j / decay_tile * decay_tile;
-        first_ = g_of(policy, at, kv_head, tile);
-        last_ = g_of(policy, at, kv_head, tile + decay_tile - 1);
+        first_ = levels_(tile);
+        last_ = levels_(tile + decay_tile - 1);
     }
     __device__ void store(int step) const {
         if (thread_ < rows) factors_[step % 2 * rows + thread_] = decay_of(own_, first_);
@@ -291,13 +302,12 @@ class RowDecays {
 
     /// x[i][t][e] *= strength times the decay of its pair: a lane's rows from `row` on, at `position`, and columns of keys from
     /// j on.
-    template <int m, int tiles, class Policy>
-    __device__ void apply(float (&x)[m][tiles][4], float strength, int step, const Policy& policy, const Place& at, int kv_head, int row,
-                          int position, int j, int quad) const {
+    template <int m, int tiles>
+    __device__ void apply(float (&x)[m][tiles][4], float strength, int step, int row, int position, int j, int quad) const {
         if (steep(step)) {
             each_apart(x, [&](int i, int t, int e, float value) {
-                const double g = g_of(policy, at, kv_head, position + 16 * i + 8 * (e / 2)), key = g_of(policy, at, kv_head, j + 8 * t + 2 * quad + e % 2);
-                return value * (strength * (Policy::steep(ends_[step % 2 * 2], key) ? decay_of(g, key) : factor(step, row + 16 * i + 8 * (e / 2))));
+                const double g = levels_(position + 16 * i + 8 * (e / 2)), key = levels_(j + 8 * t + 2 * quad + e % 2);
+                return value * (strength * (Channels<T, channels>::steep(ends_[step % 2 * 2], key) ? decay_of(g, key) : factor(step, row + 16 * i + 8 * (e / 2))));
             });
             return;
         }
@@ -315,14 +325,10 @@ class RowDecays {
     }
 
   private:
-    /// Of a position, the last one where there is none.
-    template <class Policy>
-    static __device__ double g_of(const Policy& policy, const Place& at, int kv_head, int position) {
-        return policy.g && at.keys > 0 ? policy.g(at.batch, at.key0 + min(max(position, 0), at.keys - 1), kv_head) : 0.0;
-    }
     double* ends_;
     float* factors_;
     int thread_;
+    Levels levels_;
     double own_, first_ = 0.0, last_ = 0.0;
 };
 template <class T, int rows>
