@@ -42,11 +42,6 @@ double norm(const HostTensor& x) {
     return std::sqrt(sum);
 }
 
-/// Results that are float where storage is of 16 bits.
-bool is_parameter(const std::string& name) {
-    return name == "out.lse" || name == "grad.log_alpha" || name == "grad.theta" || name == "grad.lam";
-}
-
 /// Names of tensors that are too far from the truth. Sums over all that dC and dB make, whose terms cancel (eq. 22 and 23;
 /// docs/ops/sisa.md, "The same in linear time"), are held to the size of their terms. 16-bit storage: sums are float
 /// and no operand is rounded again, so that beside float's own error there is the rounding of the result, and in backward
@@ -371,12 +366,9 @@ void expect_sixteen_bit_rule(const Case& c, const Options& options) {
     for (const Isa isa : isas()) {
         Case got;
         ASSERT_TRUE((run_case<Operator, T, float>(cpu{.isa = isa}, options, in, got).ok()));
-        for (const auto& [name, truth] : want.tensors) {
-            const double floor = is_parameter(name) ? rounding_floor<float>(truth) : rounding_floor<T>(truth);
-            const double bound = 2.0 * compare(name, formula.tensors.at(name), truth).relative + floor;
-            EXPECT_LE(compare(name, got.tensors[name], truth).relative, bound)
+        for (const auto& [name, truth] : want.tensors)
+            EXPECT_LE(compare(name, got.tensors[name], truth).relative, sixteen_bit_bound<T>(name, formula, truth))
                 << name << " " << to_string(dtype_of<T>) << " " << to_string(isa) << " " << describe(options);
-        }
     }
 }
 /// Values that differ little: delta is much larger than dp - delta.

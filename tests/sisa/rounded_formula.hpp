@@ -169,4 +169,15 @@ Case rounded_formula(const sisa::Options& o, const Case& c) {
     return formula_with_operands(o, c, [](double x) { return static_cast<double>(T(static_cast<float>(x))); });
 }
 
+/// Results that are float where storage is of 16 bits.
+inline bool is_parameter(const std::string& name) {
+    return name == "out.lse" || name == "grad.log_alpha" || name == "grad.theta" || name == "grad.lam";
+}
+
+/// The largest error that the 16-bit rule allows: twice that of the formula, and the rounding of the result.
+template <class T>
+double sixteen_bit_bound(const std::string& name, const Case& formula, const HostTensor& truth) {
+    return 2.0 * compare(name, formula.tensors.at(name), truth).relative + (is_parameter(name) ? rounding_floor<float>(truth) : rounding_floor<T>(truth));
+}
+
 }  // namespace interstate::test

@@ -17,7 +17,7 @@ struct QueryForm {
     static constexpr int tile = narrow ? (dim <= 128 ? 64 : 16) : (dim == 64 ? 32 : 16), part = channels > 0 && tile > 32 ? 32 : tile;
     static constexpr int blocks = (narrow && dim <= 128) || dim == 64 ? 2 : 1;  // a multiprocessor
     static constexpr std::size_t shared =
-        sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile)) + RowDecays<T, rows, channels>::bytes;
+        sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile));
 };
 
 /// dk and dv: blocks of keys, which are rows, against tiles of queries, which are columns. Registers have room for the sums of
@@ -29,7 +29,7 @@ struct KeyForm {
     static constexpr int tile = narrow ? (dim == 64 ? 64 : dim == 128 ? 32 : 16) : (dim == 64 ? 32 : 16), part = narrow && dim <= 128 ? 32 : 16;
     static constexpr int shares = narrow ? (dim == 256 ? 2 : 1) : dim / 64, share = dim / shares;
     static constexpr int blocks = (narrow && dim <= 128) || dim == 64 ? 2 : 1;  // a multiprocessor
-    static constexpr std::size_t shared = sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * (rows / decay_tile) * tile)) +
+    static constexpr std::size_t shared = sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile)) +
                                           2 * tile * sizeof(RowStatistics<float>);
 };
 
@@ -64,101 +64,6 @@ __device__ void weigh(float& s, float& dp, float c, float lse2, float minus) {
         dp = s * (1.0f - s) * dp;
     }
 }
-
-/// The queries' channels of a step, times strength / scale and the decay since the first key of a decay tile, for every decay
-/// tile of a block's keys, in shared memory: products with keys as they are stored are then scores. A thread makes its share
-/// of the next step in the time that the products of a step take. A steep decay tile has the strength alone; decays are
-/// put in pair by pair.
-template <class T, int rows, int tile, int threads, int channels>
-class ScaledQueries {
-    static constexpr int decay_tiles = rows / decay_tile, V = device::chunk_columns<T>, of_row = channels / V, chunks = tile * of_row;
-    static constexpr int each = (chunks + threads - 1) / threads;
-    static constexpr bool early = each <= 2;  // registers keep what comes next
-    static_assert(rows % decay_tile == 0);
-    using Tile = device::Swizzled<T, tile, channels>;
-
-  public:
-    static constexpr std::size_t bytes = sizeof(T) * 2 * decay_tiles * Tile::size;
-
-    /// `own`: the first of the warp's keys.
-    template <class Policy>
-    __device__ ScaledQueries(void* memory, const Policy& policy, const Place& at, int own, float over_scale, int thread)
-        : data_(static_cast<T*>(memory)), thread_(thread), over_scale_(over_scale), levels_(policy, at, at.head), tile_((own - at.first) / decay_tile) {
-#pragma unroll
-        for (int d = 0; d < decay_tiles; ++d) {
-            first_[d] = levels_(at.first + d * decay_tile);
-            steep_[d] = Policy::steep(first_[d], levels_(at.first + (d + 1) * decay_tile - 1));
-        }
-    }
-    /// Begins with the step of `count` queries of `head` from row `row` on, of which the first stands at `position`; store() ends.
-    template <class Policy>
-    __device__ void load(const Policy& policy, Index batch, Index row, int head, int position, int count) {
-        from_ = &policy.c(batch, row, head, 0);
-        stride_ = static_cast<int>(policy.c.stride[1]);
-        position_ = position;
-        count_ = count;
-        strength_ = policy.strength(head) * over_scale_;
-        if constexpr (early)
-#pragma unroll
-            for (int e = 0; e < each; ++e) fetch(e, e);
-    }
-    __device__ void store(int step) {
-#pragma unroll
-        for (int e = 0; e < each; ++e) {
-            if constexpr (!early) fetch(0, e);
-            const int chunk = thread_ + e * threads, kept = early ? e : 0;
-            if (chunks % threads != 0 && chunk >= chunks) break;
-#pragma unroll
-            for (int d = 0; d < decay_tiles; ++d) {
-                const float f = strength_ * (steep_[d] ? 1.0f : decay_of(query_[kept], first_[d]));
-                T* const to = of(step, d).at(chunk / of_row, chunk % of_row * V);
-                device::Wide<T> scaled;
-#pragma unroll
-                for (int v = 0; v < V; v += 2)
-                    device::put_pair(scaled.x + v, f * device::load_as<float>(chunk_[kept].x[v]), f * device::load_as<float>(chunk_[kept].x[v + 1]));
-                *reinterpret_cast<int4*>(to) = __builtin_bit_cast(int4, scaled);
-            }
-        }
-    }
-    /// For the warp's keys.
-    __device__ Tile operator()(int step) const { return of(step, tile_); }
-    __device__ bool steep() const { return steep_[tile_]; }
-    /// x[i][t][e] *= the decay of its pair, in a steep decay tile: a lane's rows of keys from `key` on, columns of queries from
-    /// `position` on.
-    template <int m, int tiles>
-    __device__ void put_in(float (&x)[m][tiles][4], int key, int position, int quad) const {
-        const double first = first_[tile_];
-        each_apart(x, [&](int i, int t, int e, float value) {
-            const double g = levels_(key + 16 * i + 8 * (e / 2));
-            return value * decay_of(levels_(position + 8 * t + 2 * quad + e % 2), Channels<T, channels>::steep(first, g) ? g : first);
-        });
-    }
-
-  private:
-    __device__ Tile of(int step, int d) const { return Tile{data_ + (step % 2 * decay_tiles + d) * Tile::size}; }
-    __device__ void fetch(int kept, int e) {
-        const int chunk = thread_ + e * threads, row = chunk / of_row;
-        chunk_[kept] = {};
-        if (row < count_) chunk_[kept] = device::load_wide(from_ + row * stride_ + chunk % of_row * V);
-        query_[kept] = levels_(position_ + row);
-    }
-    T* data_;
-    int thread_;
-    float over_scale_, strength_ = 0.0f;
-    Levels levels_;
-    int tile_, position_ = 0, count_ = 0, stride_ = 0;
-    const T* from_ = nullptr;
-    double first_[decay_tiles], query_[early ? each : 1] = {};
-    bool steep_[decay_tiles];
-    device::Wide<T> chunk_[early ? each : 1];
-};
-template <class T, int rows, int tile, int threads>
-class ScaledQueries<T, rows, tile, threads, 0> {
-  public:
-    static constexpr std::size_t bytes = 0;
-    template <class... Unused>
-    __device__ explicit ScaledQueries(const Unused&...) {}
-};
 
 inline namespace INTERSTATE_KERNELS {
 
@@ -227,14 +132,7 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
     dout.template copy_in<threads>({up.dout, at.batch, at.query0 + at.first, at.head, count, up.wide_dout}, thread);
     if constexpr (channels > 0)
         channel_rows.template copy_in<threads>({call.policy.c, at.batch, at.query0 + at.first, at.head, count, true}, thread);
-    RowDecays<T, Form::rows, channels> decays(channel_rows.data + ChannelRows::size + 2 * ChannelKeys::size, call.policy, at, kv_head, position0, thread);
-    if (steps > 0) {
-        fetch(0);
-        if constexpr (channels > 0) {
-            decays.load(first_key(0));
-            decays.store(0);
-        }
-    }
+    if (steps > 0) fetch(0);
 
     float lse2[m][2], minus[m][2];
 #pragma unroll
@@ -259,14 +157,13 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
     clear(sum);
     clear(sum_c);
     const float c = call.scale * float(log2_e), larger = is_half ? half_gradients(*up.range) : 1.0f, scale = call.scale / larger;
-    float strength = 0.0f;
-    if constexpr (channels > 0) strength = call.policy.strength(at.head) / call.scale;
+    Joints<channels> joints(call.policy, at, kv_head, at.first + 16 * m * warp, first_key(0));
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         if (step + 1 < steps) {
             fetch(step + 1);
-            if constexpr (channels > 0) decays.load(first_key(step + 1));
+            if constexpr (channels > 0) joints.load_keys(first_key(step + 1));
         }
 #pragma unroll 1
         for (int n = 0; n < tile; n += part) {
@@ -276,11 +173,9 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
             clear(s);
             clear(dp);
             const int position = low + lane.group;
-            const int row = 16 * m * warp + lane.group;
-            if constexpr (channels > 0) {
-                multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), n, 0, lane_id);
-                decays.apply(s, strength, step, row, position, j, lane.quad);
-            }
+            const auto pair = [&](int i, int t, int e) { return make_int2(at.first + 16 * (m * warp + i) + lane.group + 8 * (e / 2), j + 8 * t + 2 * lane.quad + e % 2); };
+            if constexpr (channels > 0)
+                add_channels<precision>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), n, joints, lane_id, pair);
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, douts, values(step).as_stored(), n, 0, lane_id);
             if constexpr (Policy::adds_term)
@@ -317,25 +212,9 @@ __global__ __launch_bounds__(QueryForm<T, dim, Policy::channels>::threads, Query
 #pragma unroll
                         for (int e = 0; e < 4; ++e) dp[i][t][e] *= larger;
             multiply_rows<precision, part>(sum, Rows16<precision, m, part>(dp), keys(step).transposed(), 0, n, lane_id);
-            if constexpr (channels > 0) {
-                const bool steep = decays.steep(step);
-                if (steep) decays.apply(dp, 1.0f, step, row, position, j, lane.quad);
-                float of_tile[m][channels / 8][4];
-                clear(of_tile);
-                multiply_rows<precision, part>(of_tile, Rows16<precision, m, part>(dp), channel_keys(step).transposed(), 0, n, lane_id);
-#pragma unroll
-                for (int i = 0; i < m; ++i)
-#pragma unroll
-                    for (int r = 0; r < 2; ++r) {
-                        const float factor = steep ? 1.0f : decays.factor(step, row + 16 * i + 8 * r);
-#pragma unroll
-                        for (int t = 0; t < channels / 8; ++t)
-#pragma unroll
-                            for (int e = 2 * r; e < 2 * r + 2; ++e) sum_c[i][t][e] = fmaf(of_tile[i][t][e], factor, sum_c[i][t][e]);
-                    }
-            }
+            if constexpr (channels > 0) add_channel_gradients<precision, channels, part>(sum_c, dp, channel_keys(step).transposed(), n, joints, lane_id, pair);
         }
-        if constexpr (channels > 0) decays.store(step + 1);
+        if constexpr (channels > 0) joints.next();
         device::wait_for_copies();
         __syncthreads();
     }
@@ -380,10 +259,10 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     const auto queries = [&](int step) { return Queries{stages + step % 2 * 2 * Queries::size}; };
     const auto douts = [&](int step) { return Queries{stages + (step % 2 * 2 + 1) * Queries::size}; };
     using ChannelRows = device::Swizzled<T, Form::rows, channels ? channels : dim>;
+    using ChannelQueries = device::Swizzled<T, tile, channels ? channels : dim>;
     const ChannelRows channel_rows{stages + 4 * Queries::size};
-    T* const scaled_queries = channel_rows.data + (channels ? ChannelRows::size : 0);
-    using Scaled = ScaledQueries<T, Form::rows, tile, threads, channels>;
-    auto* const statistics = reinterpret_cast<RowStatistics<float>*>(scaled_queries + Scaled::bytes / sizeof(T));
+    const auto channel_queries = [&](int step) { return ChannelQueries{channel_rows.data + ChannelRows::size + step % 2 * ChannelQueries::size}; };
+    auto* const statistics = reinterpret_cast<RowStatistics<float>*>(stages + 4 * Queries::size + channels * (Form::rows + 2 * tile));
 
     Place at;
     if (!find_place(at, call.shape, call.in.cu_seqlens, tiling, call.shape.keys, Form::rows, false, blockIdx.x / Form::shares)) return;
@@ -392,7 +271,6 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     const Lane lane(lane_id);
     const int group = static_cast<int>(call.shape.group()), offset = at.offset();
     const int count = min(Form::rows, at.keys - at.first);
-    Scaled scaled(scaled_queries, call.policy, at, at.first + 16 * m * warp, 1.0f / call.scale, thread);
     // Queries that read any of the keys, counted from the sequence's first query.
     const int begin = max(call.mask.first_position(at.first) - offset, 0) / tile * tile;
     const int end = min(call.mask.end_position(at.first + count - 1, at.keys) - offset, at.queries);
@@ -404,7 +282,7 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
         const int there = min(tile, at.queries - i);
         queries(step).template copy_in<threads>({call.in.q, at.batch, at.query0 + i, head, there, call.wide_q}, thread);
         douts(step).template copy_in<threads>({up.dout, at.batch, at.query0 + i, head, there, up.wide_dout}, thread);
-        if constexpr (channels > 0) scaled.load(call.policy, at.batch, at.query0 + i, head, i + offset, there);
+        if constexpr (channels > 0) channel_queries(step).template copy_in<threads>({call.policy.c, at.batch, at.query0 + i, head, there, true}, thread);
         if (thread < tile) {
             RowStatistics<float>* const to = statistics + step % 2 * tile + thread;
             if (softmax && thread < there)
@@ -417,10 +295,8 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
     v.template copy_in<threads>({call.in.v, at.batch, at.key0 + at.first, at.head, count, call.wide_v}, thread);
     if constexpr (channels > 0)
         channel_rows.template copy_in<threads>({call.policy.b, at.batch, at.key0 + at.first, at.head, count, true}, thread);
-    if (steps > 0) {
-        fetch(0, now.x, now.y);
-        if constexpr (channels > 0) scaled.store(0);
-    }
+    if (steps > 0) fetch(0, now.x, now.y);
+    Joints<channels> joints(call.policy, at, at.head, begin, at.first + 16 * m * warp);
     device::wait_for_copies();
     __syncthreads();
 
@@ -436,7 +312,10 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        if (step + 1 < steps) fetch(step + 1, after(now).x, after(now).y);
+        if (step + 1 < steps) {
+            fetch(step + 1, after(now).x, after(now).y);
+            if constexpr (channels > 0) joints.load_queries(after(now).x);
+        }
         const int i0 = now.x;
 #pragma unroll 1
         for (int n = 0; n < tile; n += part) {
@@ -446,10 +325,9 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
             float s[m][tiles][4], dp[m][tiles][4];
             clear(s);
             clear(dp);
-            if constexpr (channels > 0) {
-                multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), scaled(step).as_stored(), n, 0, lane_id);
-                if (scaled.steep()) scaled.put_in(s, low + lane.group, first, lane.quad);
-            }
+            const auto pair = [&](int i, int t, int e) { return make_int2(i0 + n + 8 * t + 2 * lane.quad + e % 2, low + 16 * i + lane.group + 8 * (e / 2)); };
+            if constexpr (channels > 0)
+                add_channels<precision>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_queries(step).as_stored(), n, joints, lane_id, pair);
             multiply_rows<precision, dim>(s, keys, queries(step).as_stored(), n, 0, lane_id);
             multiply_rows<precision, dim>(dp, values, douts(step).as_stored(), n, 0, lane_id);
             if constexpr (Policy::adds_term)
@@ -495,12 +373,9 @@ __global__ __launch_bounds__(KeyForm<T, dim, Policy::channels>::threads, KeyForm
                         }
             multiply_rows<precision, part>(sum_v, Rows16<precision, m, part>(s), douts(step).transposed(), column0, n, lane_id);
             multiply_rows<precision, part>(sum_k, Rows16<precision, m, part>(dp), queries(step).transposed(), column0, n, lane_id);
-            if constexpr (channels > 0) {
-                if (scaled.steep()) scaled.put_in(dp, low + lane.group, first, lane.quad);
-                multiply_rows<precision, part>(sum_b, Rows16<precision, m, part>(dp), scaled(step).transposed(), 0, n, lane_id);
-            }
+            if constexpr (channels > 0) add_channel_gradients<precision, channels, part>(sum_b, dp, channel_queries(step).transposed(), n, joints, lane_id, pair);
         }
-        if constexpr (channels > 0) scaled.store(step + 1);
+        if constexpr (channels > 0) joints.next();
         now = after(now);
         device::wait_for_copies();
         __syncthreads();

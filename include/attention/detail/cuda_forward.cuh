@@ -16,7 +16,7 @@ struct ForwardForm {
     static constexpr int m = narrow && dim <= 128 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
     static constexpr int tile = narrow ? (dim == 64 || (dim == 128 && channels == 0) ? 64 : 32) : (dim <= 128 ? 32 : 16);
     static constexpr int blocks = narrow || dim <= 128 ? 2 : 1;  // a multiprocessor
-    static constexpr std::size_t shared = sizeof(T) * (dim * (rows + 4 * tile) + channels * (rows + 2 * tile)) + RowDecays<T, rows, channels>::bytes;
+    static constexpr std::size_t shared = sizeof(T) * (dim * (rows + 4 * tile) + channels * (rows + 2 * tile));
 };
 
 /// Takes tile scores in columns [first, first + 8 tiles) of keys for rows `position`, `position` + 8 of a lane out of what
@@ -82,14 +82,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
     q.template copy_in<threads>({call.in.q, at.batch, at.query0 + at.first, at.head, count, call.wide_q}, thread);
     if constexpr (channels > 0)
         channel_rows.template copy_in<threads>({call.policy.c, at.batch, at.query0 + at.first, at.head, count, true}, thread);
-    RowDecays<T, Form::rows, channels> decays(channel_rows.data + ChannelRows::size + 2 * ChannelKeys::size, call.policy, at, kv_head, position0, thread);
-    if (steps > 0) {
-        fetch(0);
-        if constexpr (channels > 0) {
-            decays.load(first_key(0));
-            decays.store(0);
-        }
-    }
+    if (steps > 0) fetch(0);
     device::wait_for_copies();
     __syncthreads();
 
@@ -105,25 +98,23 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
         }
     // Scores as they leave the product are s / scale; the sign of the scale is put into them.
     const float c = fabsf(call.scale) * float(log2_e);
-    float strength = 0.0f;
-    if constexpr (channels > 0) strength = call.policy.strength(at.head) / call.scale;
+    Joints<channels> joints(call.policy, at, kv_head, at.first + 16 * m * warp, first_key(0));
     const float bias = !softmax ? call.bias(at.head) * float(log2_e) : 0.0f;
 
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         if (step + 1 < steps) {
             fetch(step + 1);
-            if constexpr (channels > 0) decays.load(first_key(step + 1));
+            if constexpr (channels > 0) joints.load_keys(first_key(step + 1));
         }
         const int j = first_key(step);
         const int low = position0 + 16 * m * warp, high = low + 16 * m - 1;
         if (j < call.mask.end_key(high, at.keys) && j + tile > call.mask.first_key(low)) {
             float s[m][tiles][4];
             clear(s);
-            if constexpr (channels > 0) {
-                multiply_rows<precision, channels>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), 0, 0, lane_id);
-                decays.apply(s, strength, step, 16 * m * warp + lane.group, position0 + 16 * m * warp + lane.group, j, lane.quad);
-            }
+            if constexpr (channels > 0)
+                add_channels<precision>(s, Shared16<T, Form::rows, channels>(channel_rows, 16 * m * warp, lane_id), channel_keys(step).as_stored(), 0, joints, lane_id,
+                                        [&](int i, int t, int e) { return make_int2(at.first + 16 * (m * warp + i) + lane.group + 8 * (e / 2), j + 8 * t + 2 * lane.quad + e % 2); });
             multiply_rows<precision, dim>(s, queries, keys(step).as_stored(), 0, 0, lane_id);
             if (call.scale < 0.0f)
 #pragma unroll
@@ -203,7 +194,7 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
             }
             multiply_rows<precision, tile>(sum, Rows16<precision, m, tile>(s), values(step).transposed(), 0, 0, lane_id);
         }
-        if constexpr (channels > 0) decays.store(step + 1);
+        if constexpr (channels > 0) joints.next();
         device::wait_for_copies();
         __syncthreads();
     }

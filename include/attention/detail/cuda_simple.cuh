@@ -40,7 +40,7 @@ struct GeneralChannels {
     static constexpr bool adds_term = false;
     static constexpr int channels = -1;
     View<const T, 4> c, b;        // (B, Lq, Hq, ds), (B, Lk, Hkv, ds)
-    View<const double, 3> g;      // as Channels
+    View<const double, 3> g;      // (B, Lk, Hkv), the sum of log_alpha in powers of two; null: no decay
     View<const A, 1> strength;    // (Hq)
     View<A, 4> dc, db;
     /// exp(g of a query - g of a key), rows of the key tensors.

@@ -124,32 +124,30 @@ struct Plain {
     /// axis of their sequence.
     ///     __device__ float score_term(int head, int query_position, int key_position) const;
     static constexpr bool adds_term = false;
-    /// score[i,j] += strength exp(g[i] - g[j]) C[i].B[j] with as many channels (docs/ops/attention.md); see Channels.
+    /// score[i,j] += scale c[i].b[j] 2^(query_level[i] - key_level[j]) with as many channels (docs/ops/attention.md); see Channels.
     static constexpr int channels = 0;
 };
 
-/// Tokens whose decay is measured from the first of them, counted from the beginning of their sequence.
-inline constexpr int decay_tile = 64;
+/// Rows that share a level: queries, or keys, counted from the first of their sequence.
+inline constexpr int level_tile = 64;
 
-/// How far g may fall inside a decay tile, in powers of two, before keys are steep.
+/// How far below its tile's level a row's own may be, in powers of two, before the row is steep.
 template <class T>
-inline constexpr float decay_limit = std::is_same_v<T, f16> ? 1.0f : 80.0f;
+inline constexpr float level_range = std::is_same_v<T, f16> ? 4.0f : 80.0f;
 
-/// A policy's channels as the kernels read them. B is stored with the decay since the first key of its tile in it, exp(g[first] -
-/// g[j]) B[j], as long as that is no more than 2^decay_limit; keys from there to the end of the tile, `steep` ones, are stored as they
-/// are, and their decay is formed pair by pair. What is stored, and how it is used, depends on nothing behind the key: changes
-/// of later tokens change no bit.
+/// A policy's channels as the kernels read them: c and b have the distance between a row's own level and the level that is
+/// written down for it in them. That is an integer, the same for a whole tile, so that tiles are joined by a power of two,
+/// which rounds nothing; but rows further below it than level_range, the steep ones, which come last in their tile, have
+/// their own. A row of c or b and its level depend on nothing behind the row: changes of later tokens change no bit.
 template <class T, int count>
 struct Channels {
     static constexpr bool adds_term = false;
     static constexpr int channels = count;  // a power of two from 16 on; more than there are, are zero
     View<const T, 4> c;                     // (B, Lq, Hq, count)
     View<const T, 4> b;                     // (B, Lk, Hkv, count)
-    View<const double, 3> g;                // (B, Lk, Hkv), in powers of two, never increasing, stride 1 along Lk; null: no decay
-    View<const float, 1> strength;          // (Hq)
-    View<float, 4> dc, db;                  // of c, over strength, and of b as it is stored; backward
-
-    static __device__ bool steep(double first, double here) { return first - here > static_cast<double>(decay_limit<T>); }
+    View<const double, 3> query_level;      // (B, Lq, Hkv), stride 1 along Lq; null: no decay
+    View<const double, 3> key_level;        // (B, Lk, Hkv), stride 1 along Lk
+    View<float, 4> dc, db;                  // of c, over scale, and of b; backward
 };
 
 /// 2^x.
@@ -164,6 +162,12 @@ __device__ inline float sigmoid2(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp2_of(-x)));
     return y;
+}
+
+template <int m, int tiles>
+__device__ void clear(float (&c)[m][tiles][4]) {
+#pragma unroll
+    for (int i = 0; i < m; ++i) device::clear(c[i]);
 }
 
 /// What a product has left, m tiles of 16 rows, as the left factor of the next one.
@@ -244,105 +248,124 @@ __device__ void multiply_rows(float (&c)[m][tiles][4], const A& a, const B& b, i
     }
 }
 
-/// g of one head of a sequence.
-struct Levels {
-    const double* g;  // null: no decay
-    int last;         // position
-
-    template <class Policy>
-    __device__ Levels(const Policy& policy, const Place& at, int kv_head)
-        : g(policy.g && at.keys > 0 ? &policy.g(at.batch, at.key0, kv_head) : nullptr), last(at.keys - 1) {}
-    /// Of a position, the last one where there is none.
-    __device__ double operator()(int position) const { return g ? g[min(max(position, 0), last)] : 0.0; }
+/// The same times a power of two.
+template <device::Precision precision, class E, int rows, int columns>
+struct Powered16 {
+    Shared16<E, rows, columns> of;
+    device::Power<precision> power;
+    __device__ void load(device::Factors<float, precision, 2>& f, int i, int k) const {
+        of.load(f, i, k);
+        f.multiply(power);
+    }
 };
 
-/// exp(g of a query - g of a key); 1 where the query is before the key, so that what a mask leaves out stays finite.
-__device__ inline float decay_of(double query, double key) { return exp2_of(fminf(static_cast<float>(query - key), 0.0f)); }
+/// Levels of the rows of one head of a sequence.
+struct Levels {
+    const double* data;  // null: no decay
+    int last;
 
-/// x[i][t][e] = f(i, t, e, x[i][t][e]) in a loop: slow, by way of memory, for what is rare and would cost the rest registers.
+    __device__ Levels(const View<const double, 3>& levels, Index batch, Index row0, int kv_head, int rows)
+        : data(levels && rows > 0 ? &levels(batch, row0, kv_head) : nullptr), last(rows - 1) {}
+    /// Of a row; of the last one where there is none.
+    __device__ double operator()(int row) const { return data ? data[min(max(row, 0), last)] : 0.0; }
+};
+
+/// The level of a tile, that of its first row, and of its last row.
+struct Level {
+    double first = 0.0, last = 0.0;
+    Level() = default;
+    __device__ Level(const Levels& levels, int row) : first(levels(row / level_tile * level_tile)), last(levels(row / level_tile * level_tile + level_tile - 1)) {}
+};
+
+/// How tiles of queries and of keys are joined, step by step: the levels of the next step are on their way while one runs.
+template <int channels>
+class Joints {
+  public:
+    /// `queries` and `keys`: rows of the tiles of the first step.
+    template <class Policy>
+    __device__ Joints(const Policy& policy, const Place& at, int kv_head, int queries, int keys)
+        : queries_(policy.query_level, at.batch, at.query0, kv_head, at.queries), keys_(policy.key_level, at.batch, at.key0, kv_head, at.keys),
+          of_queries_(queries_, queries), of_keys_(keys_, keys) {
+        next();
+    }
+    __device__ void load_queries(int row) { of_queries_ = Level(queries_, row); }
+    __device__ void load_keys(int row) { of_keys_ = Level(keys_, row); }
+    /// After the loads.
+    __device__ void next() {
+        power_ = __int_as_float((min(max(__double2int_rn(of_queries_.first - of_keys_.first), -127), 127) + 127) << 23);
+        steep_ = of_queries_.first != of_queries_.last || of_keys_.first != of_keys_.last;
+    }
+    /// What joins rows that are not steep, a power of two or 0.
+    __device__ float power() const { return power_; }
+    /// Whether some rows are steep.
+    __device__ bool steep() const { return steep_; }
+    __device__ bool steep(int query, int key) const {
+        return queries_(query) != queries_(query / level_tile * level_tile) || keys_(key) != keys_(key / level_tile * level_tile);
+    }
+    /// What joins any two rows, finite also where a mask will leave the pair out.
+    __device__ float between(int query, int key) const { return exp2_of(fminf(static_cast<float>(queries_(query) - keys_(key)), 126.0f)); }
+
+  private:
+    Levels queries_, keys_;
+    Level of_queries_, of_keys_;
+    float power_;
+    bool steep_;
+};
+template <>
+class Joints<0> {
+  public:
+    template <class... Unused>
+    __device__ explicit Joints(const Unused&...) {}
+};
+
+/// x[i][t][e] = f(n, i, t, e, x[i][t][e]), n = 0, 1, .., in a loop: slow, by way of memory, for what is rare and would cost the rest registers.
 template <int m, int tiles, class F>
 __device__ void each_apart(float (&x)[m][tiles][4], F&& f) {
     float copy[m * tiles * 4];
 #pragma unroll
     for (int n = 0; n < m * tiles * 4; ++n) copy[n] = x[n / (4 * tiles)][n / 4 % tiles][n % 4];
 #pragma unroll 1
-    for (int n = 0; n < m * tiles * 4; ++n) copy[n] = f(n / (4 * tiles), n / 4 % tiles, n % 4, copy[n]);
+    for (int n = 0; n < m * tiles * 4; ++n) copy[n] = f(n, n / (4 * tiles), n / 4 % tiles, n % 4, copy[n]);
 #pragma unroll
     for (int n = 0; n < m * tiles * 4; ++n) x[n / (4 * tiles)][n / 4 % tiles][n % 4] = copy[n];
 }
 
-/// What the decay since the first key of a decay tile makes of each row of queries of a block, for the tile of keys of a step
-/// and the next one, in shared memory. A thread makes that of its row, in the time that the products of a step take.
-template <class T, int rows, int channels>
-class RowDecays {
-  public:
-    static constexpr std::size_t bytes = channels > 0 ? 2 * (rows * sizeof(float) + 2 * sizeof(double)) : 0;
-
-    template <class Policy>
-    __device__ RowDecays(void* memory, const Policy& policy, const Place& at, int kv_head, int first_position, int thread)
-        : ends_(static_cast<double*>(memory)), factors_(reinterpret_cast<float*>(ends_ + 4)), thread_(thread), levels_(policy, at, kv_head),
-          own_(levels_(first_position + thread)) {}
-
-    /// Begins with the step whose keys begin at j, and later ends.
-    __device__ void load(int j) {
-        const int tile = j / decay_tile * decay_tile;
-        first_ = levels_(tile);
-        last_ = levels_(tile + decay_tile - 1);
-    }
-    __device__ void store(int step) const {
-        if (thread_ < rows) factors_[step % 2 * rows + thread_] = decay_of(own_, first_);
-        if (thread_ == 0) {
-            ends_[step % 2 * 2] = first_;
-            ends_[step % 2 * 2 + 1] = last_;
-        }
-    }
-    /// Whether some keys of the step's decay tile are steep.
-    __device__ bool steep(int step) const { return Channels<T, channels>::steep(ends_[step % 2 * 2], ends_[step % 2 * 2 + 1]); }
-    __device__ float factor(int step, int row) const { return factors_[step % 2 * rows + row]; }
-
-    /// x[i][t][e] *= strength times the decay of its pair: a lane's rows from `row` on, at `position`, and columns of keys from
-    /// j on.
-    template <int m, int tiles>
-    __device__ void apply(float (&x)[m][tiles][4], float strength, int step, int row, int position, int j, int quad) const {
-        if (steep(step)) {
-            each_apart(x, [&](int i, int t, int e, float value) {
-                const double g = levels_(position + 16 * i + 8 * (e / 2)), key = levels_(j + 8 * t + 2 * quad + e % 2);
-                return value * (strength * (Channels<T, channels>::steep(ends_[step % 2 * 2], key) ? decay_of(g, key) : factor(step, row + 16 * i + 8 * (e / 2))));
-            });
-            return;
-        }
+/// What channels add to scores without scale, a's rows times columns n .. of b; pair(i, t, e) has a lane's rows of queries, x, and keys, y.
+template <device::Precision precision, int channels, int m, int tiles, class E, int rows, class B, class F>
+__device__ void add_channels(float (&s)[m][tiles][4], const Shared16<E, rows, channels>& a, const B& b, int n, const Joints<channels>& joints, int lane, F&& pair) {
+    if (joints.power() != 0.0f)
+        multiply_rows<precision, channels>(s, Powered16<precision, E, rows, channels>{a, device::Power<precision>(joints.power())}, b, n, 0, lane);
+    if (!joints.steep()) return;
+    float joined[m * tiles * 4];
 #pragma unroll
-        for (int i = 0; i < m; ++i)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float f = strength * factor(step, row + 16 * i + 8 * r);
-#pragma unroll
-                for (int t = 0; t < tiles; ++t) {
-                    x[i][t][2 * r] *= f;
-                    x[i][t][2 * r + 1] *= f;
-                }
-            }
-    }
+    for (int k = 0; k < m * tiles * 4; ++k) joined[k] = s[k / (4 * tiles)][k / 4 % tiles][k % 4];
+    clear(s);
+    multiply_rows<precision, channels>(s, a, b, n, 0, lane);
+    each_apart(s, [&](int k, int i, int t, int e, float value) {
+        const int2 at = pair(i, t, e);
+        return joints.steep(at.x, at.y) ? value * joints.between(at.x, at.y) : joined[k];
+    });
+}
 
-  private:
-    double* ends_;
-    float* factors_;
-    int thread_;
-    Levels levels_;
-    double own_, first_ = 0.0, last_ = 0.0;
-};
-template <class T, int rows>
-class RowDecays<T, rows, 0> {
-  public:
-    static constexpr std::size_t bytes = 0;
-    template <class... Unused>
-    __device__ explicit RowDecays(const Unused&...) {}
-};
-
-template <int m, int tiles>
-__device__ void clear(float (&c)[m][tiles][4]) {
+/// sum += x b, rows of score gradients x times columns of b, as add_channels joins them.
+template <device::Precision precision, int channels, int count, int m, int tiles, class B, class F>
+__device__ void add_channel_gradients(float (&sum)[m][channels / 8][4], float (&x)[m][tiles][4], const B& b, int first, const Joints<channels>& joints, int lane, F&& pair) {
+    if (joints.steep())
+        each_apart(x, [&](int, int i, int t, int e, float value) {
+            const int2 at = pair(i, t, e);
+            return value * joints.between(at.x, at.y);
+        });
+    const float power = joints.steep() ? 1.0f : joints.power();
+    if (power == 0.0f) return;
+    float of_tile[m][channels / 8][4];
+    clear(of_tile);
+    multiply_rows<precision, count>(of_tile, Rows16<precision, m, count>(x), b, 0, first, lane);
 #pragma unroll
-    for (int i = 0; i < m; ++i) device::clear(c[i]);
+    for (int i = 0; i < m; ++i)
+#pragma unroll
+        for (int t = 0; t < channels / 8; ++t)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[i][t][e] = fmaf(of_tile[i][t][e], power, sum[i][t][e]);
 }
 
 }  // namespace detail

@@ -32,6 +32,18 @@ using Packed = std::conditional_t<precision == Precision::half, f16, bf16>;
 template <Precision precision>
 inline constexpr int k_pairs = depth<precision> / 8;
 
+/// A power of two as factors are multiplied by it, which rounds nothing that does not leave the range.
+template <Precision precision>
+struct Power {
+    std::uint32_t word;  // a pair of them where the precision packs
+    __device__ explicit Power(float power) {
+        if constexpr (packs<precision>)
+            word = pack<Packed<precision>>(power, power);
+        else
+            word = __float_as_uint(power);
+    }
+};
+
 /// A lane's factors of a product: `rows` is 2 for a, 1 for b.
 template <class A, Precision precision, int rows>
 struct Factors;
@@ -77,6 +89,13 @@ struct Factors<float, Precision::exact, rows> {
         high[row + rows] = b.high[1];
         low[row + rows] = b.low[1];
     }
+    __device__ void multiply(Power<Precision::exact> by) {
+#pragma unroll
+        for (int i = 0; i < 2 * rows; ++i) {
+            high[i] = __float_as_uint(__uint_as_float(high[i]) * __uint_as_float(by.word));
+            low[i] = __float_as_uint(__uint_as_float(low[i]) * __uint_as_float(by.word));
+        }
+    }
     // The high part is cut, and what it misses is the low part.
     __device__ void split(int i, float x) {
         high[i] = __float_as_uint(x) & 0xffffe000u;
@@ -90,6 +109,16 @@ struct Factors<float, precision, rows> {
     std::uint32_t word[2 * rows];  // a pair each
     __device__ void set(int row, int pair, float x, float y) { word[row + rows * pair] = pack<Packed<precision>>(x, y); }
     __device__ void set_packed(int row, int pair, std::uint32_t xy) { word[row + rows * pair] = xy; }
+    __device__ void multiply(Power<precision> by) {
+#pragma unroll
+        for (std::uint32_t& x : word) {
+            // Plus -0: before 9.0, bfloat16 has fused products only.
+            if constexpr (precision == Precision::half)
+                asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(x) : "r"(by.word), "r"(0x80008000u));
+            else
+                asm("fma.rn.bf16x2 %0, %0, %1, %2;" : "+r"(x) : "r"(by.word), "r"(0x80008000u));
+        }
+    }
     __device__ void take_row(int row, const Factors<float, precision, 1>& b) {
         word[row] = b.word[0];
         word[row + rows] = b.word[1];

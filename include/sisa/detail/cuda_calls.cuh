@@ -15,7 +15,7 @@ namespace detail {
 template <class T>
 struct CudaWorkspace {
     using A = acc_t<T>;
-    double *sums, *bounds, *g;
+    double *sums, *bounds, *query_level, *key_level;
     A* strength;
     T *c, *b;
     attention::detail::BackwardWorkspace<A> of_attention;
@@ -27,7 +27,8 @@ struct CudaWorkspace {
     CudaWorkspace(Arena& arena, const Options& options, const Shape& s, Index padded, bool backward)
         : sums(arena.take<double>(chunks(s) * s.kv_heads * (1 + s.pairs()))),
           bounds(arena.take<double>(options.mode == Mode::published ? chunks(s) * s.kv_heads * 2 : 0)),
-          g(arena.take<double>(s.batch * s.keys * s.kv_heads)),
+          query_level(arena.take<double>(s.batch * s.queries * s.kv_heads)),
+          key_level(arena.take<double>(s.batch * s.keys * s.kv_heads)),
           strength(arena.take<A>(s.query_heads)),
           c(arena.take<T>(s.batch * s.queries * s.query_heads * padded)),
           b(arena.take<T>(s.batch * s.keys * s.kv_heads * padded)),
@@ -46,6 +47,10 @@ struct CudaWorkspace {
 template <class E>
 View<E, 4> by_heads(E* data, Index batch, Index length, Index heads, Index columns) {
     return view(data, {batch, length, heads, columns}, {heads * length * columns, columns, length * columns, Index{1}});
+}
+
+inline View<double, 3> by_heads(double* data, Index batch, Index length, Index heads) {
+    return view(data, {batch, length, heads}, {heads * length, Index{1}, length});
 }
 
 inline namespace INTERSTATE_KERNELS {
@@ -85,9 +90,11 @@ Problem<T, P> problem_of(const Options& options, const Inputs<T, P>& in, const C
             .published = options.mode == Mode::published,
             .pairwise = pairwise,
             .clamp = options.clamp,
+            .scale = static_cast<acc_t<T>>(attention::scale_of(attention_of(options), s.head_dim)),
             .sums = memory.sums,
             .bounds = memory.bounds,
-            .g = view(memory.g, {s.batch, s.keys, s.kv_heads}, {s.kv_heads * s.keys, Index{1}, s.keys}),
+            .query_level = by_heads(memory.query_level, s.batch, s.queries, s.kv_heads),
+            .key_level = by_heads(memory.key_level, s.batch, s.keys, s.kv_heads),
             .c = by_heads(memory.c, s.batch, s.queries, s.query_heads, padded),
             .b = by_heads(memory.b, s.batch, s.keys, s.kv_heads, padded),
             .strength = memory.strength};
@@ -108,13 +115,13 @@ Status make_channels(const cuda& exec, const Problem<T, P>& p) {
 template <class T, class P, int count>
 auto policy_of(const Problem<T, P>& p, const CudaWorkspace<T>& memory) {
     const Shape& s = p.shape;
-    const auto strength = view(static_cast<const acc_t<T>*>(memory.strength), {s.query_heads});
-    const View<const double, 3> g = p.published ? View<const double, 3>{} : View<const double, 3>(p.g);
+    const auto levels = [&](const View<double, 3>& of) { return p.published ? View<const double, 3>{} : View<const double, 3>(of); };
     const auto dc = by_heads(memory.dc, s.batch, s.queries, s.query_heads, p.padded), db = by_heads(memory.db, s.batch, s.keys, s.kv_heads, p.padded);
     if constexpr (count > 0) {
-        return attention::detail::Channels<T, count>{p.c, p.b, g, strength, dc, db};
+        return attention::detail::Channels<T, count>{p.c, p.b, levels(p.query_level), levels(p.key_level), dc, db};
     } else {
-        return attention::detail::GeneralChannels<T>{p.c, p.b, g, strength, dc, db};
+        const auto strength = view(static_cast<const acc_t<T>*>(memory.strength), {s.query_heads});
+        return attention::detail::GeneralChannels<T>{p.c, p.b, levels(p.key_level), strength, dc, db};
     }
 }
 
@@ -161,7 +168,7 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
                                        .dc = policy.dc,
                                        .db = policy.db,
                                        .grads = grads,
-                                       .dg = p.g,
+                                       .dg = p.key_level,
                                        .turns = memory.turns,
                                        .carries = memory.carries,
                                        .published = memory.published,

@@ -1,7 +1,7 @@
 // From tokens to the channels that attention's CUDA mainloop reads, and back from their gradients: running sums of log_alpha and
 // theta, rotation, decay. Equations: docs/ops/sisa.md.
 //
-// A chunk is 64 tokens of one sequence and one key/value head, as attention's decay tile. Sums run in two levels: of each chunk, over
+// A chunk is 64 tokens of one sequence and one key/value head, as attention's level_tile. Sums run in two levels: of each chunk, over
 // the chunks, and inside the chunk again where they are needed, all in float64. Nothing is added in an order that could vary.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace sisa {
 namespace detail {
 
-inline constexpr int chunk_tokens = attention::detail::decay_tile, chunk_threads = 128;
+inline constexpr int chunk_tokens = attention::detail::level_tile, chunk_threads = 128;
 
 /// Chunks of all sequences of a call, numbered so that those of a sequence follow each other; packed, some numbers stay unused.
 struct Chunks {
@@ -49,15 +49,18 @@ struct Problem {
     Inputs<T, P> in;
     int columns;          // 1 + pairs
     int padded;           // channels as stored, zeros behind the last
-    bool published, pairwise;  // pairwise: B is stored without decay
+    bool published, pairwise;  // pairwise: channels are stored without decay, the level of a token is its g
     double clamp;
+    acc_t<T> scale;       // of attention's products
     double* sums;         // (chunks, Hkv, columns): of each chunk, then of all before it
     double* bounds;       // (chunks, Hkv, 2), published: largest and smallest g of a chunk, then the offset of its sequence
-    View<double, 3> g;    // (B, Lk, Hkv), in powers of two
+    View<double, 3> query_level, key_level;  // (B, Lq, Hkv) and (B, Lk, Hkv), in powers of two
     View<T, 4> c, b;      // channels as stored
     acc_t<T>* strength;   // (Hq), lambda
     __device__ double* sums_of(Index chunk, Index kv) const { return sums + (chunk * shape.kv_heads + kv) * columns; }
     __device__ double* bounds_of(Index chunk, Index kv) const { return bounds + (chunk * shape.kv_heads + kv) * 2; }
+    /// Keys before the first query: the last query stands at the last key.
+    __device__ Index missing() const { return shape.packed() ? 0 : shape.keys - shape.queries; }
     /// What a token adds to a sum.
     __device__ double step(const Chunk& at, int token, Index kv, int column) const {
         if (token >= at.count) return 0.0;
@@ -175,14 +178,29 @@ __global__ __launch_bounds__(chunk_threads) void chunk_offsets_kernel(const __gr
     }
 }
 
+}  // namespace INTERSTATE_KERNELS
+
+/// A level and the distance of a token's g from it, as a factor of what is stored: attention::detail::Channels.
+template <class A>
+struct Leveled {
+    double level;
+    A factor;
+    /// `top`: g of the first token of the tile; `sign`: 1 of a query, -1 of a key.
+    static __device__ Leveled of(double g, double top, float range, int sign) {
+        const double own = g * attention::detail::log2_e, tile = rint(top * attention::detail::log2_e);
+        if (!(tile - own <= static_cast<double>(range))) return {own, A(1)};
+        return {tile, static_cast<A>(exp2(sign * (own - tile)))};
+    }
+};
+
 /// A chunk's turns and decay, in shared memory: for every kernel that goes from tokens to channels or back.
 template <class T>
 struct ChunkTables {
     using A = acc_t<T>;
-    double g[chunk_tokens];  // natural; published: x of eq. 11, not clamped
-    A key[chunk_tokens];     // what B is stored with: exp(g[first] - g[j]) unless steep, or exp(-x)
-    A query[chunk_tokens];   // what C is stored with: 1, or exp(x)
-    Turn<A> turn[1];         // (tokens, pairs), behind the end
+    double g[chunk_tokens];              // natural; published: x of eq. 11, not clamped
+    Leveled<A> key[chunk_tokens];        // what B is stored with; published: exp(-x)
+    Leveled<A> query[chunk_tokens];      // what C is stored with, beside its strength; published: exp(x)
+    Turn<A> turn[1];                     // (tokens, pairs), behind the end
 
     template <class P>
     static INTERSTATE_HD std::size_t bytes(const Problem<T, P>& p) {
@@ -190,6 +208,7 @@ struct ChunkTables {
     }
     template <class P>
     __device__ void fill(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv) {
+        __shared__ double previous[chunk_tokens];  // g of the chunk before, where the first query's tile may begin
         const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pairs = p.columns - 1;
         const double* const before = p.sums_of(slot, kv);
         for (int column = warp; column < p.columns; column += chunk_threads / 32)
@@ -199,23 +218,37 @@ struct ChunkTables {
                 else
                     turn[token * pairs + column - 1] = Turn<A>(sum);
             });
+        const auto missing = static_cast<int>(p.missing());
+        if (missing % chunk_tokens != 0 && at.first > 0 && warp == 0) {
+            Chunk earlier = at;
+            earlier.first -= chunk_tokens;
+            earlier.count = chunk_tokens;
+            run_sums(p, earlier, kv, 0, p.sums_of(slot - 1, kv)[0], lane, [&](int token, double sum) { previous[token] = sum; });
+        }
         __syncthreads();
         for (int token = threadIdx.x; token < at.count; token += chunk_threads) {
+            constexpr float range = attention::detail::level_range<T>;
+            const int position = at.first + token;
             if (p.published) {
                 const double* const bounds = p.bounds_of(slot, kv);
                 const double x = g[token] - (bounds[0] + bounds[1]) / 2.0, y = fmin(fmax(x, -p.clamp), p.clamp);
-                key[token] = static_cast<A>(exp(-y));
-                query[token] = static_cast<A>(exp(y));
+                key[token] = {0.0, static_cast<A>(exp(-y))};
+                query[token] = {0.0, static_cast<A>(exp(y))};
+            } else if (p.pairwise) {
+                key[token] = query[token] = {g[token] * attention::detail::log2_e, A(1)};
             } else {
-                const double fall = (g[0] - g[token]) * attention::detail::log2_e;
-                const bool steep = p.pairwise || fall > static_cast<double>(attention::detail::decay_limit<T>);
-                key[token] = steep ? A(1) : static_cast<A>(exp2(fall));
-                query[token] = A(1);
+                key[token] = Leveled<A>::of(g[token], g[0], range, -1);
+                if (position >= missing) {
+                    const int top = position - (position - missing) % chunk_tokens - at.first;
+                    query[token] = Leveled<A>::of(g[token], top >= 0 ? g[top] : previous[top + chunk_tokens], range, 1);
+                }
             }
         }
         __syncthreads();
     }
 };
+
+inline namespace INTERSTATE_KERNELS {
 
 /// g, R(Phi) B and R(Phi) C as they are stored, a block for each chunk and key/value head, with its group of query heads.
 template <class T, class P>
@@ -228,8 +261,12 @@ __global__ __launch_bounds__(chunk_threads) void make_channels_kernel(const __gr
     if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
     tables.fill(p, at, slot, kv);
     const int pairs = p.columns - 1, stored = p.padded / 2;
-    for (int token = threadIdx.x; token < at.count && !p.published; token += chunk_threads)
-        p.g(at.batch, at.row0 + at.first + token, kv) = tables.g[token] * attention::detail::log2_e;
+    const Index missing = p.missing(), group = p.shape.group();
+    for (int token = threadIdx.x; token < at.count && !p.published; token += chunk_threads) {
+        const Index row = at.row0 + at.first + token;
+        p.key_level(at.batch, row, kv) = tables.key[token].level;
+        if (row - missing >= at.row0) p.query_level(at.batch, row - missing, kv) = tables.query[token].level;
+    }
     const auto turned = [&](const View<const T, 4>& from, Index row, Index head, int token, int n, A factor, T* to) {
         A even = 0, odd = 0;
         if (n < pairs) {
@@ -243,16 +280,15 @@ __global__ __launch_bounds__(chunk_threads) void make_channels_kernel(const __gr
     for (int e = threadIdx.x; e < at.count * stored; e += chunk_threads) {
         const int token = e / stored, n = e % stored;
         const Index row = at.row0 + at.first + token;
-        turned(p.in.B, row, kv, token, n, tables.key[token], &p.b(at.batch, row, kv, 2 * n));
+        turned(p.in.B, row, kv, token, n, tables.key[token].factor, &p.b(at.batch, row, kv, 2 * n));
     }
-    // The last query stands at the last key.
-    const Index missing = p.shape.packed() ? 0 : p.shape.keys - p.shape.queries, group = p.shape.group();
     for (Index h = kv * group; h < (kv + 1) * group; ++h) {
+        const A strength = p.pairwise ? A(1) : p.strength[h] / p.scale;
         for (int e = threadIdx.x; e < at.count * stored; e += chunk_threads) {
             const int token = e / stored, n = e % stored;
             const Index row = at.row0 + at.first + token - missing;
             if (row < at.row0) continue;
-            turned(p.in.C, row, h, token, n, tables.query[token], &p.c(at.batch, row, h, 2 * n));
+            turned(p.in.C, row, h, token, n, tables.query[token].factor * strength, &p.c(at.batch, row, h, 2 * n));
         }
     }
 }

@@ -21,13 +21,13 @@ template <class T, class P>
 struct GradientProblem {
     using A = acc_t<T>;
     Problem<T, P> p;
-    View<const A, 4> dc, db;  // of the channels as stored, dc over lambda
+    View<const A, 4> dc, db;  // of the channels as stored; dc over scale, or over lambda if pairwise
     Grads<T, P> grads;
-    View<double, 3> dg;       // (B, Lk, Hkv); in the memory of g, which is not read any more
+    View<double, 3> dg;       // (B, Lk, Hkv); in the memory of key_level, which is not read any more
     double* turns;            // (chunks, Hkv, pairs): of each chunk, then of all behind it
     Carry* carries;           // (chunks, Hkv): likewise, of dg
     double* published;        // (chunks, Hkv, 3): sum of dy, how often g is the largest and the smallest; then the two shares
-    double* strength;         // (chunks, Hq): C.dC of a chunk over lambda
+    double* strength;         // (chunks, Hq): of lambda, what a chunk adds
 
     __device__ bool resets(const Chunk& at, int token, Index kv) const {
         return !p.published && static_cast<double>(p.in.log_alpha(at.batch, at.row0 + at.first + token, kv)) <= hard_reset;
@@ -66,33 +66,39 @@ __global__ __launch_bounds__(chunk_threads) void channel_gradients_kernel(const 
     if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
     tables.fill(p, at, slot, kv);
 
-    // One pair of channels and its gradient over `strength`, back to the pair before rotation; returns their product.
-    const auto back = [&](const View<T, 4>& stored, const View<const A, 4>& gradient, const View<T, 4>& out, Index row, Index head, int token, int n,
-                          A factor, A strength, double sign) {
+    // A pair of channels as stored and its gradient over `times`: of the pair before rotation, over `strength`, and what they add
+    // to the sums of their token.
+    const auto back = [&](const View<T, 4>& stored, A dx, A dy, const View<T, 4>& out, Index row, Index head, int token, int n, A strength, A times, double sign) {
         const A x = device::load_as<A>(stored(at.batch, row, head, 2 * n)), y = device::load_as<A>(stored(at.batch, row, head, 2 * n + 1));
-        const A dx = gradient(at.batch, row, head, 2 * n), dy = gradient(at.batch, row, head, 2 * n + 1);
         if (out) {
             const Turn<A> angle = tables.turn[token * pairs + n];
-            out(at.batch, row, head, 2 * n) = device::store_as<T>((dx * angle.cos + dy * angle.sin) * factor * strength);
-            out(at.batch, row, head, 2 * n + 1) = device::store_as<T>((dy * angle.cos - dx * angle.sin) * factor * strength);
+            out(at.batch, row, head, 2 * n) = device::store_as<T>((dx * angle.cos + dy * angle.sin) * strength);
+            out(at.batch, row, head, 2 * n + 1) = device::store_as<T>((dy * angle.cos - dx * angle.sin) * strength);
         }
-        const double product = static_cast<double>(x) * dx + static_cast<double>(y) * dy;
-        turn[token * pairs + n] += static_cast<double>(strength) * (static_cast<double>(x) * dy - static_cast<double>(y) * dx);
-        pull[token * pairs + n] += sign * static_cast<double>(strength) * product;
-        return product;
+        turn[token * pairs + n] += static_cast<double>(times) * (static_cast<double>(x) * dy - static_cast<double>(y) * dx);
+        pull[token * pairs + n] += sign * static_cast<double>(times) * (static_cast<double>(x) * dx + static_cast<double>(y) * dy);
     };
     for (int e = threadIdx.x; e < chunk_tokens * pairs; e += chunk_threads) {
         turn[e] = pull[e] = 0.0;
-        if (e / pairs < at.count)
-            back(p.b, to.db, to.grads.B, at.row0 + at.first + e / pairs, kv, e / pairs, e % pairs, tables.key[e / pairs], A(1), -1.0);
+        const int token = e / pairs, n = e % pairs;
+        if (token >= at.count) continue;
+        const Index row = at.row0 + at.first + token;
+        back(p.b, to.db(at.batch, row, kv, 2 * n), to.db(at.batch, row, kv, 2 * n + 1), to.grads.B, row, kv, token, n, tables.key[token].factor, A(1), -1.0);
     }
-    const Index missing = p.shape.packed() ? 0 : p.shape.keys - p.shape.queries, group = p.shape.group();
+    const Index missing = p.missing(), group = p.shape.group();
     for (Index h = kv * group; h < (kv + 1) * group; ++h) {
-        const A strength = p.strength[h];
+        const A lambda = p.strength[h];
         double sum = 0.0;
         for (int e = threadIdx.x; e < at.count * pairs; e += chunk_threads) {
-            const Index row = at.row0 + at.first + e / pairs - missing;
-            if (row >= at.row0) sum += back(p.c, to.dc, to.grads.C, row, h, e / pairs, e % pairs, tables.query[e / pairs], strength, 1.0);
+            const int token = e / pairs, n = e % pairs;
+            const Index row = at.row0 + at.first + token - missing;
+            if (row < at.row0) continue;
+            const A dx = to.dc(at.batch, row, h, 2 * n), dy = to.dc(at.batch, row, h, 2 * n + 1), factor = tables.query[token].factor;
+            back(p.c, dx, dy, to.grads.C, row, h, token, n, factor * lambda, p.pairwise ? lambda : p.scale, 1.0);
+            // Of C as given, whose strength may be 0.
+            const Turn<A> angle = tables.turn[e];
+            const A x = device::load_as<A>(p.in.C(at.batch, row, h, 2 * n)), y = device::load_as<A>(p.in.C(at.batch, row, h, 2 * n + 1));
+            sum += static_cast<double>(factor * ((x * angle.cos - y * angle.sin) * dx + (x * angle.sin + y * angle.cos) * dy));
         }
         sum = sum_of_block(sum);
         if (threadIdx.x == 0) to.strength[slot * p.shape.query_heads + h] = sum;
@@ -232,7 +238,7 @@ __global__ __launch_bounds__(chunk_threads) void finish_gradients_kernel(const _
     write(earlier, reaches + a + b);
 }
 
-/// dlambda: C.dC over lambda, summed over all chunks, a block for each query head.
+/// dlambda, summed over all chunks, a block for each query head.
 template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void strength_gradient_kernel(const __grid_constant__ GradientProblem<T, P> to) {
     const Problem<T, P>& p = to.p;
