@@ -23,25 +23,6 @@ using sisa::Score;
 template <class T>
 constexpr double tolerance = std::is_same_v<T, double> ? 1e-12 : 1e-5;
 
-/// sqrt(sum over rows of (|x| |d|)^2), rows of the last axis.
-double terms(const Case& c, const Case& truth, const char* x, const char* d) {
-    if (!c.tensors.contains(x)) return 0.0;
-    const HostTensor &a = c.tensors.at(x), &b = truth.tensors.at(d);
-    const std::size_t width = static_cast<std::size_t>(a.extent.back());
-    double sum = 0.0;
-    for (std::size_t r = 0; width > 0 && r < a.values.size(); r += width) {
-        double aa = 0.0, bb = 0.0;
-        for (std::size_t i = r; i < r + width; ++i) aa += a.values[i] * a.values[i], bb += b.values[i] * b.values[i];
-        sum += aa * bb;
-    }
-    return std::sqrt(sum);
-}
-double norm(const HostTensor& x) {
-    double sum = 0.0;
-    for (const double v : x.values) sum += v * v;
-    return std::sqrt(sum);
-}
-
 /// Names of tensors that are too far from the truth. Sums over all that dC and dB make, whose terms cancel (eq. 22 and 23;
 /// docs/ops/sisa.md, "The same in linear time"), are held to the size of their terms. 16-bit storage: sums are float
 /// and no operand is rounded again, so that beside float's own error there is the rounding of the result, and in backward
@@ -55,9 +36,7 @@ std::string beyond(const Case& c, const Case& got, const Case& want, double more
         double allowed = tolerance<T> + more;
         if (sizeof(T) == 2 && !is_parameter(name)) allowed += 1.01 * rounding_floor<T>(truth);
         if (sizeof(T) == 2 && name.starts_with("grad.")) allowed += std::is_same_v<T, f16> ? 5e-6 : 4e-5;
-        double scale = norm(truth);
-        if (name == "grad.log_alpha" || name == "grad.theta" || name == "grad.lam")
-            scale += terms(c, want, "C", "grad.C") + terms(c, want, "B", "grad.B");
+        const double scale = size_of_terms(c, want, name);
         double error = 0.0;
         for (std::size_t i = 0; i < truth.values.size(); ++i) {
             const double e = truth.values[i] == found->second.values[i] ? 0.0 : truth.values[i] - found->second.values[i];

@@ -169,9 +169,36 @@ Case rounded_formula(const sisa::Options& o, const Case& c) {
     return formula_with_operands(o, c, [](double x) { return static_cast<double>(T(static_cast<float>(x))); });
 }
 
+/// sqrt(sum over rows of (|x| |d|)^2), rows of the last axis.
+inline double terms(const Case& c, const Case& truth, const char* x, const char* d) {
+    if (!c.tensors.contains(x)) return 0.0;
+    const HostTensor &a = c.tensors.at(x), &b = truth.tensors.at(d);
+    const std::size_t width = static_cast<std::size_t>(a.extent.back());
+    double sum = 0.0;
+    for (std::size_t r = 0; width > 0 && r < a.values.size(); r += width) {
+        double aa = 0.0, bb = 0.0;
+        for (std::size_t i = r; i < r + width; ++i) aa += a.values[i] * a.values[i], bb += b.values[i] * b.values[i];
+        sum += aa * bb;
+    }
+    return std::sqrt(sum);
+}
+inline double norm(const HostTensor& x) {
+    double sum = 0.0;
+    for (const double v : x.values) sum += v * v;
+    return std::sqrt(sum);
+}
 /// Results that are float where storage is of 16 bits.
 inline bool is_parameter(const std::string& name) {
     return name == "out.lse" || name == "grad.log_alpha" || name == "grad.theta" || name == "grad.lam";
+}
+
+
+/// The size of what a result's error is compared with: its own; of sums over all that dC and dB make, whose terms cancel (eq. 22 and
+/// 23), with that of the terms.
+inline double size_of_terms(const Case& in, const Case& want, const std::string& name) {
+    const double own = norm(want.tensors.at(name));
+    if (name != "grad.log_alpha" && name != "grad.theta" && name != "grad.lam") return own;
+    return own + terms(in, want, "C", "grad.C") + terms(in, want, "B", "grad.B");
 }
 
 /// The largest error that the 16-bit rule allows: twice that of the formula, and the rounding of the result.

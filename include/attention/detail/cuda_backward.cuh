@@ -14,7 +14,7 @@ template <class T, int dim, int channels = 0>
 struct QueryForm {
     static constexpr bool narrow = sizeof(T) == 2;
     static constexpr int m = narrow && dim == 64 && channels <= 16 ? 2 : 1, warps = 4, threads = 32 * warps, rows = 16 * m * warps;
-    static constexpr int tile = narrow ? (dim <= 128 ? 64 : 16) : (dim == 64 ? 32 : 16), part = channels > 0 && tile > 32 ? 32 : tile;
+    static constexpr int tile = narrow ? (dim <= 128 ? 64 : 16) : (dim == 64 ? 32 : 16), part = channels > 16 && tile > 32 ? 32 : tile;
     static constexpr int blocks = (narrow && dim <= 128) || dim == 64 ? 2 : 1;  // a multiprocessor
     static constexpr std::size_t shared =
         sizeof(T) * (dim * (2 * rows + 4 * tile) + channels * (rows + 2 * tile));

@@ -293,11 +293,12 @@ class Joints {
     /// After the loads.
     __device__ void next() {
         power_ = __int_as_float((min(max(__double2int_rn(of_queries_.first - of_keys_.first), -127), 127) + 127) << 23);
-        steep_ = of_queries_.first != of_queries_.last || of_keys_.first != of_keys_.last;
+        // Levels fall from row to row: the first query and the last key are the nearest.
+        steep_ = (of_queries_.first != of_queries_.last || of_keys_.first != of_keys_.last) && !(of_queries_.first - of_keys_.last < -127.0);
     }
     /// What joins rows that are not steep, a power of two or 0.
     __device__ float power() const { return power_; }
-    /// Whether some rows are steep.
+    /// Whether some rows are steep and near enough to be joined.
     __device__ bool steep() const { return steep_; }
     __device__ bool steep(int query, int key) const {
         return queries_(query) != queries_(query / level_tile * level_tile) || keys_(key) != keys_(key / level_tile * level_tile);

@@ -71,5 +71,29 @@ __device__ void unpack(const Pair<T>& pair, acc_t<T>& x, acc_t<T>& y) {
     }
 }
 
+/// Two elements of a tensor, `stride` apart, at once where they lie so.
+template <class T>
+__device__ bool side_by_side(const T* at, Index stride) {
+    return stride == 1 && reinterpret_cast<std::uintptr_t>(at) % sizeof(Pair<T>) == 0;
+}
+template <class T>
+__device__ void load_two(const T* from, Index stride, acc_t<T>& x, acc_t<T>& y) {
+    if (side_by_side(from, stride)) {
+        unpack<T>(*reinterpret_cast<const Pair<T>*>(from), x, y);
+    } else {
+        x = load_as<acc_t<T>>(from[0]);
+        y = load_as<acc_t<T>>(from[stride]);
+    }
+}
+template <class T>
+__device__ void store_two(T* to, Index stride, acc_t<T> x, acc_t<T> y) {
+    if (side_by_side(to, stride)) {
+        *reinterpret_cast<Pair<T>*>(to) = pack<T>(x, y);
+    } else {
+        to[0] = store_as<T>(x);
+        to[stride] = store_as<T>(y);
+    }
+}
+
 }  // namespace device
 }  // namespace interstate::inline INTERSTATE_ABI

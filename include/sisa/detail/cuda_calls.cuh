@@ -105,9 +105,9 @@ Status make_channels(const cuda& exec, const Problem<T, P>& p) {
     const Index blocks = p.chunks.count * p.shape.kv_heads;
     INTERSTATE_RETURN_IF_ERROR(attention::detail::check_blocks(blocks));
     const dim3 grid(static_cast<unsigned>(blocks)), threads(chunk_threads);
-    INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda sums", chunk_sums_kernel<T, P>, {grid, threads}, p));
+    INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda sums", chunk_sums_kernel<T, P>, {grid, threads, Steps<T, P>::bytes(p)}, p));
     INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda offsets", chunk_offsets_kernel<T, P>,
-                                      {dim3(static_cast<unsigned>(p.chunks.sequences * p.shape.kv_heads)), threads}, p));
+                                      {dim3(static_cast<unsigned>(p.chunks.sequences * p.shape.kv_heads), static_cast<unsigned>(p.columns)), threads}, p));
     return launch(exec, "sisa.cuda channels", make_channels_kernel<T, P>, {grid, threads, ChunkTables<T>::bytes(p)}, p);
 }
 
@@ -174,11 +174,11 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
                                        .published = memory.published,
                                        .strength = memory.strengths};
         const dim3 grid(static_cast<unsigned>(p.chunks.count * s.kv_heads)), threads(chunk_threads);
-        const std::size_t shared = (ChunkTables<T>::bytes(p) + 15) / 16 * 16 + 2 * sizeof(double) * static_cast<std::size_t>(chunk_tokens * s.pairs());
+        const std::size_t shared = ChunkTables<T>::bytes(p) + 2 * sizeof(double) * static_cast<std::size_t>(chunk_tokens * table_stride(p.columns - 1));
         INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda channel gradients", channel_gradients_kernel<T, P>, {grid, threads, shared}, to));
         if (sums) {
             INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda carries", gradient_carries_kernel<T, P>,
-                                              {dim3(static_cast<unsigned>(p.chunks.sequences * s.kv_heads)), threads}, to));
+                                              {dim3(static_cast<unsigned>(p.chunks.sequences * s.kv_heads), static_cast<unsigned>(p.columns)), threads}, to));
             INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda sums of gradients", finish_gradients_kernel<T, P>, {grid, threads}, to));
         }
         if (!grads.lam) return {};

@@ -61,28 +61,81 @@ struct Problem {
     __device__ double* bounds_of(Index chunk, Index kv) const { return bounds + (chunk * shape.kv_heads + kv) * 2; }
     /// Keys before the first query: the last query stands at the last key.
     __device__ Index missing() const { return shape.packed() ? 0 : shape.keys - shape.queries; }
-    /// What a token adds to a sum.
-    __device__ double step(const Chunk& at, int token, Index kv, int column) const {
-        if (token >= at.count) return 0.0;
-        const Index row = at.row0 + at.first + token;
-        if (column > 0) return static_cast<double>(in.theta(at.batch, row, kv, column - 1));
-        const auto x = static_cast<double>(in.log_alpha(at.batch, row, kv));
-        return !published && x <= hard_reset ? hard_reset : x;
-    }
 };
 
-/// Running sums of a column inside a chunk, from `before` on, by a warp: to(token, sum).
-template <class T, class P, class F>
-__device__ void run_sums(const Problem<T, P>& p, const Chunk& at, Index kv, int column, double before, int lane, F&& to) {
-    __shared__ typename cub::WarpScan<double>::TempStorage memory[chunk_threads / 32];
-    static_assert(chunk_tokens == 64);
-    const double x = p.step(at, 2 * lane, kv, column), y = p.step(at, 2 * lane + 1, kv, column);
-    double sum = 0.0;
-    cub::WarpScan<double>(memory[threadIdx.x / 32]).ExclusiveSum(x + y, sum);
-    __syncwarp();
-    to(2 * lane, before + (sum + x));
-    to(2 * lane + 1, before + (sum + x + y));
+/// f(token, n) for n below width, each of them always by the same thread, in the order of memory.
+template <class F>
+__device__ void each_pair(int tokens, int width, F&& f) {
+    if (width <= 0) return;
+    const unsigned side = min(width, chunk_threads);
+    const int rows = chunk_threads / side, first = threadIdx.x / side;
+    if (first >= rows) return;
+    for (int n = threadIdx.x % side; n < width; n += chunk_threads)
+        for (int token = first; token < tokens; token += rows) f(token, n);
 }
+/// Rows of one head from a chunk's first token on.
+template <class T>
+struct HeadRows {
+    T* data;
+    Index stride, column;
+    __device__ HeadRows(const View<T, 4>& x, Index batch, Index row, Index head)
+        : data(x ? x.data + batch * x.stride[0] + row * x.stride[1] + head * x.stride[2] : nullptr), stride(x.stride[1]), column(x.stride[3]) {}
+    __device__ T* operator()(int token, int c) const { return data + token * stride + c * column; }
+    __device__ explicit operator bool() const { return data; }
+};
+/// Asks for `columns` of them, of tokens from `first` on.
+template <class T>
+__device__ void ask_for(const HeadRows<T>& x, int first, int tokens, int columns) {
+    constexpr int line = 128 / static_cast<int>(sizeof(T));
+    for (int token = first + static_cast<int>(threadIdx.x); token < tokens; token += chunk_threads)
+        for (int c = 0; c < columns; c += line) device::prefetch(x(token, c));
+}
+/// The distance of tokens in a table of pairs, which keeps columns in different banks.
+INTERSTATE_HD constexpr int table_stride(int pairs) { return pairs | 1; }
+
+/// What the tokens of a chunk add to the sums: of g, and of the angle of every pair, in shared memory.
+template <class T, class P>
+struct Steps {
+    double* log_alpha;  // (tokens)
+    P* theta;           // (tokens, pairs)
+    int stride;
+
+    static INTERSTATE_HD std::size_t bytes(const Problem<T, P>& p) {
+        return sizeof(double) * chunk_tokens + (sizeof(P) * static_cast<std::size_t>(chunk_tokens * table_stride(p.columns - 1)) + 15) / 16 * 16;
+    }
+    __device__ Steps(void* memory, const Problem<T, P>& p)
+        : log_alpha(static_cast<double*>(memory)), theta(reinterpret_cast<P*>(log_alpha + chunk_tokens)), stride(table_stride(p.columns - 1)) {}
+    /// Ends with a barrier.
+    __device__ void load(const Problem<T, P>& p, const Chunk& at, Index kv, bool with_theta = true) {
+        __syncthreads();
+        const Index row = at.row0 + at.first;
+        for (int token = threadIdx.x; token < chunk_tokens; token += chunk_threads) {
+            const double x = token < at.count ? static_cast<double>(p.in.log_alpha(at.batch, row + token, kv)) : 0.0;
+            log_alpha[token] = !p.published && x <= hard_reset ? hard_reset : x;
+        }
+        if (with_theta) {
+            const HeadRows<const P> from(p.in.theta, at.batch, row, kv);
+            each_pair(chunk_tokens, p.columns - 1, [&](int token, int n) { theta[token * stride + n] = token < at.count ? *from(token, n) : P(0); });
+        }
+        __syncthreads();
+    }
+    __device__ double operator()(int token, int column) const {
+        return column == 0 ? log_alpha[token] : static_cast<double>(theta[token * stride + column - 1]);
+    }
+    /// Running sums of a column, from `before` on, by a warp: to(token, sum).
+    template <class F>
+    __device__ void run(int column, double before, F&& to) const {
+        __shared__ typename cub::WarpScan<double>::TempStorage memory[chunk_threads / 32];
+        static_assert(chunk_tokens == 64);
+        const int lane = threadIdx.x % 32;
+        const double x = (*this)(2 * lane, column), y = (*this)(2 * lane + 1, column);
+        double sum = 0.0;
+        cub::WarpScan<double>(memory[threadIdx.x / 32]).ExclusiveSum(x + y, sum);
+        __syncwarp();
+        to(2 * lane, before + (sum + x));
+        to(2 * lane + 1, before + (sum + x + y));
+    }
+};
 
 /// The angle Phi as a turn, cos and sin.
 template <class A>
@@ -93,9 +146,9 @@ struct Turn {
         if constexpr (sizeof(A) == 8) {
             sincos(angle, &sin, &cos);
         } else {
-            // A few turns less, in float64, so that float has an angle below pi.
-            const double turns = rint(angle * 0.15915494309189535);
-            sincosf(static_cast<float>(fma(turns, -6.283185307179586, angle) - turns * 2.4492935982947064e-16), &sin, &cos);
+            // Halves of a turn, whole turns less, in float64, so that float has what is below 1.
+            const double halves = angle * 0.3183098861837907;
+            sincospif(static_cast<float>(halves - 2.0 * rint(halves / 2.0)), &sin, &cos);
         }
     }
 };
@@ -105,20 +158,23 @@ inline namespace INTERSTATE_KERNELS {
 /// Sums of every chunk, a block each; in published mode also how far g goes up and down inside it.
 template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void chunk_sums_kernel(const __grid_constant__ Problem<T, P> p) {
+    extern __shared__ __align__(16) unsigned char memory[];
     Chunk at;
-    const Index kv = blockIdx.x % p.shape.kv_heads, slot = blockIdx.x / p.shape.kv_heads;
+    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
+    const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
     if (blockIdx.x == 0)
         for (Index h = threadIdx.x; h < p.shape.query_heads; h += chunk_threads) p.strength[h] = static_cast<acc_t<T>>(p.in.lam(h));
     if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
+    Steps<T, P> steps(memory, p);
+    steps.load(p, at, kv);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int column = warp; column < p.columns; column += chunk_threads / 32) {
-        const double x = p.step(at, 2 * lane, kv, column), y = p.step(at, 2 * lane + 1, kv, column);
-        double sum = x + y;
+        double sum = steps(2 * lane, column) + steps(2 * lane + 1, column);
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
         if (lane == 0) p.sums_of(slot, kv)[column] = sum;
         if (!p.published || column > 0) continue;
         double largest = -INFINITY, smallest = INFINITY;
-        run_sums(p, at, kv, 0, 0.0, lane, [&](int token, double g) {
+        steps.run(0, 0.0, [&](int token, double g) {
             if (token >= at.count) return;
             largest = fmax(largest, g);
             smallest = fmin(smallest, g);
@@ -134,37 +190,37 @@ __global__ __launch_bounds__(chunk_threads) void chunk_sums_kernel(const __grid_
     }
 }
 
-/// From sums of chunks to sums of all chunks before, in place, a block for each sequence and head. Published: the offset c (eq. 11).
+/// From sums of chunks to sums of all chunks before, in place, a block for each sequence and head, and column. Published: the offset c (eq. 11).
 template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void chunk_offsets_kernel(const __grid_constant__ Problem<T, P> p) {
     using Scan = cub::BlockScan<double, chunk_threads>;
     __shared__ typename Scan::TempStorage memory;
     __shared__ double largest[chunk_threads], smallest[chunk_threads];
-    const Index kv = blockIdx.x % p.shape.kv_heads, sequence = blockIdx.x / p.shape.kv_heads;
+    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
+    const Index kv = blockIdx.x % heads, sequence = blockIdx.x / heads;
+    const auto column = static_cast<int>(blockIdx.y);
     const RowRange rows = device::checked_rows(p.in.cu_seqlens, sequence, p.shape.keys);
     const Index first = device::first_tile(p.in.cu_seqlens, sequence, p.shape.keys, chunk_tokens), count = ceil_div(rows.end - rows.begin, chunk_tokens);
     const int thread = threadIdx.x;
-    double high = -INFINITY, low = INFINITY;
-    for (int column = 0; column < p.columns; ++column) {
-        double before = 0.0;
-        for (Index i = 0; i < count; i += chunk_threads) {
-            const bool there = i + thread < count;
-            double* const at = there ? p.sums_of(first + i + thread, kv) + column : nullptr;
-            double sum = 0.0, total = 0.0;
-            Scan(memory).ExclusiveSum(there ? *at : 0.0, sum, total);
-            __syncthreads();
-            if (there) {
-                *at = before + sum;
-                if (p.published && column == 0) {
-                    const double* const bounds = p.bounds_of(first + i + thread, kv);
-                    high = fmax(high, before + sum + bounds[0]);
-                    low = fmin(low, before + sum + bounds[1]);
-                }
+    const bool bounded = p.published && column == 0;
+    double high = -INFINITY, low = INFINITY, before = 0.0;
+    for (Index i = 0; i < count; i += chunk_threads) {
+        const bool there = i + thread < count;
+        double* const at = there ? p.sums_of(first + i + thread, kv) + column : nullptr;
+        double sum = 0.0, total = 0.0;
+        Scan(memory).ExclusiveSum(there ? *at : 0.0, sum, total);
+        __syncthreads();
+        if (there) {
+            *at = before + sum;
+            if (bounded) {
+                const double* const bounds = p.bounds_of(first + i + thread, kv);
+                high = fmax(high, before + sum + bounds[0]);
+                low = fmin(low, before + sum + bounds[1]);
             }
-            before += total;
         }
+        before += total;
     }
-    if (!p.published) return;
+    if (!bounded) return;
     largest[thread] = high;
     smallest[thread] = low;
     __syncthreads();
@@ -189,7 +245,13 @@ struct Leveled {
     static __device__ Leveled of(double g, double top, float range, int sign) {
         const double own = g * attention::detail::log2_e, tile = rint(top * attention::detail::log2_e);
         if (!(tile - own <= static_cast<double>(range))) return {own, A(1)};
-        return {tile, static_cast<A>(exp2(sign * (own - tile)))};
+        const double exponent = sign * (own - tile);
+        if constexpr (sizeof(A) == 8) {
+            return {tile, exp2(exponent)};
+        } else {
+            const double whole = rint(exponent);
+            return {tile, ldexpf(exp2f(static_cast<float>(exponent - whole)), static_cast<int>(whole))};
+        }
     }
 };
 
@@ -200,31 +262,50 @@ struct ChunkTables {
     double g[chunk_tokens];              // natural; published: x of eq. 11, not clamped
     Leveled<A> key[chunk_tokens];        // what B is stored with; published: exp(-x)
     Leveled<A> query[chunk_tokens];      // what C is stored with, beside its strength; published: exp(x)
-    Turn<A> turn[1];                     // (tokens, pairs), behind the end
+    Turn<A>* turn;                       // (tokens, pairs)
+    int stride;                          // of turn, between tokens
 
     template <class P>
     static INTERSTATE_HD std::size_t bytes(const Problem<T, P>& p) {
-        return sizeof(ChunkTables) + sizeof(Turn<A>) * static_cast<std::size_t>(chunk_tokens * p.shape.pairs());
+        return (sizeof(ChunkTables) + 15) / 16 * 16 + Steps<T, P>::bytes(p) +
+               (sizeof(Turn<A>) * static_cast<std::size_t>(chunk_tokens * table_stride(p.columns - 1)) + 15) / 16 * 16;
     }
+    /// In `memory`, of bytes(p).
     template <class P>
-    __device__ void fill(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv) {
+    static __device__ ChunkTables& make(unsigned char* memory, const Problem<T, P>& p, const Chunk& at, Index slot, Index kv) {
+        auto& tables = *reinterpret_cast<ChunkTables*>(memory);
+        unsigned char* const behind = memory + (sizeof(ChunkTables) + 15) / 16 * 16;
+        if (threadIdx.x == 0) {
+            tables.turn = reinterpret_cast<Turn<A>*>(behind + Steps<T, P>::bytes(p));
+            tables.stride = table_stride(p.columns - 1);
+        }
+        Steps<T, P> steps(behind, p);
+        tables.fill(p, at, slot, kv, steps);
+        return tables;
+    }
+
+  private:
+    template <class P>
+    __device__ void fill(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv, Steps<T, P>& steps) {
         __shared__ double previous[chunk_tokens];  // g of the chunk before, where the first query's tile may begin
-        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pairs = p.columns - 1;
-        const double* const before = p.sums_of(slot, kv);
-        for (int column = warp; column < p.columns; column += chunk_threads / 32)
-            run_sums(p, at, kv, column, before[column], lane, [&](int token, double sum) {
-                if (column == 0)
-                    g[token] = sum;
-                else
-                    turn[token * pairs + column - 1] = Turn<A>(sum);
-            });
+        const int warp = threadIdx.x / 32;
         const auto missing = static_cast<int>(p.missing());
-        if (missing % chunk_tokens != 0 && at.first > 0 && warp == 0) {
+        if (missing % chunk_tokens != 0 && at.first > 0) {
             Chunk earlier = at;
             earlier.first -= chunk_tokens;
             earlier.count = chunk_tokens;
-            run_sums(p, earlier, kv, 0, p.sums_of(slot - 1, kv)[0], lane, [&](int token, double sum) { previous[token] = sum; });
+            steps.load(p, earlier, kv, false);
+            if (warp == 0) steps.run(0, p.sums_of(slot - 1, kv)[0], [&](int token, double sum) { previous[token] = sum; });
         }
+        steps.load(p, at, kv);
+        const double* const before = p.sums_of(slot, kv);
+        for (int column = warp; column < p.columns; column += chunk_threads / 32)
+            steps.run(column, before[column], [&](int token, double sum) {
+                if (column == 0)
+                    g[token] = sum;
+                else
+                    turn[token * stride + column - 1] = Turn<A>(sum);
+            });
         __syncthreads();
         for (int token = threadIdx.x; token < at.count; token += chunk_threads) {
             constexpr float range = attention::detail::level_range<T>;
@@ -255,41 +336,42 @@ template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void make_channels_kernel(const __grid_constant__ Problem<T, P> p) {
     using A = acc_t<T>;
     extern __shared__ __align__(16) unsigned char memory[];
-    auto& tables = *reinterpret_cast<ChunkTables<T>*>(memory);
     Chunk at;
-    const Index kv = blockIdx.x % p.shape.kv_heads, slot = blockIdx.x / p.shape.kv_heads;
+    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
+    const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
     if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
-    tables.fill(p, at, slot, kv);
-    const int pairs = p.columns - 1, stored = p.padded / 2;
-    const Index missing = p.missing(), group = p.shape.group();
+    const int pairs = p.columns - 1, stored = p.padded / 2, group = static_cast<int>(p.shape.group());
+    // The chunk's first token among queries, and how many of its tokens are before the first of them.
+    const Index missing = p.missing(), row = at.row0 + at.first, query_row = row - missing;
+    const int before = static_cast<int>(max(missing - at.first, Index{0}));
+    const HeadRows<const T> B(p.in.B, at.batch, row, kv);
+    ask_for(B, 0, at.count, 2 * pairs);
+    for (int h = 0; h < group; ++h) ask_for(HeadRows<const T>(p.in.C, at.batch, query_row, kv * group + h), before, at.count, 2 * pairs);
+    const auto& tables = ChunkTables<T>::make(memory, p, at, slot, kv);
     for (int token = threadIdx.x; token < at.count && !p.published; token += chunk_threads) {
-        const Index row = at.row0 + at.first + token;
-        p.key_level(at.batch, row, kv) = tables.key[token].level;
-        if (row - missing >= at.row0) p.query_level(at.batch, row - missing, kv) = tables.query[token].level;
+        p.key_level(at.batch, row + token, kv) = tables.key[token].level;
+        if (token >= before) p.query_level(at.batch, query_row + token, kv) = tables.query[token].level;
     }
-    const auto turned = [&](const View<const T, 4>& from, Index row, Index head, int token, int n, A factor, T* to) {
+    const auto turned = [&](const HeadRows<const T>& from, const HeadRows<T>& to, int token, int n, A factor) {
         A even = 0, odd = 0;
         if (n < pairs) {
-            const A x = device::load_as<A>(from(at.batch, row, head, 2 * n)), y = device::load_as<A>(from(at.batch, row, head, 2 * n + 1));
-            const Turn<A> turn = tables.turn[token * pairs + n];
+            A x, y;
+            device::load_two(from(token, 2 * n), from.column, x, y);
+            const Turn<A> turn = tables.turn[token * tables.stride + n];
             even = (x * turn.cos - y * turn.sin) * factor;
             odd = (x * turn.sin + y * turn.cos) * factor;
         }
-        *reinterpret_cast<device::Pair<T>*>(to) = device::pack<T>(even, odd);
+        *reinterpret_cast<device::Pair<T>*>(to(token, 2 * n)) = device::pack<T>(even, odd);
     };
-    for (int e = threadIdx.x; e < at.count * stored; e += chunk_threads) {
-        const int token = e / stored, n = e % stored;
-        const Index row = at.row0 + at.first + token;
-        turned(p.in.B, row, kv, token, n, tables.key[token].factor, &p.b(at.batch, row, kv, 2 * n));
-    }
+    const HeadRows<T> b(p.b, at.batch, row, kv);
+    each_pair(at.count, stored, [&](int token, int n) { turned(B, b, token, n, tables.key[token].factor); });
     for (Index h = kv * group; h < (kv + 1) * group; ++h) {
         const A strength = p.pairwise ? A(1) : p.strength[h] / p.scale;
-        for (int e = threadIdx.x; e < at.count * stored; e += chunk_threads) {
-            const int token = e / stored, n = e % stored;
-            const Index row = at.row0 + at.first + token - missing;
-            if (row < at.row0) continue;
-            turned(p.in.C, row, h, token, n, tables.query[token].factor * strength, &p.c(at.batch, row, h, 2 * n));
-        }
+        const HeadRows<const T> C(p.in.C, at.batch, query_row, h);
+        const HeadRows<T> c(p.c, at.batch, query_row, h);
+        each_pair(at.count, stored, [&](int token, int n) {
+            if (token >= before) turned(C, c, token, n, tables.query[token].factor * strength);
+        });
     }
 }
 

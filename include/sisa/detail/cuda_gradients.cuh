@@ -56,107 +56,135 @@ __global__ __launch_bounds__(chunk_threads) void channel_gradients_kernel(const 
     using A = acc_t<T>;
     const Problem<T, P>& p = to.p;
     extern __shared__ __align__(16) unsigned char memory[];
-    auto& tables = *reinterpret_cast<ChunkTables<T>*>(memory);
-    const int pairs = p.columns - 1;
-    // Of (token, pair), each thread its own: the turn of both sides, and C.dC - B.dB.
-    double* const turn = reinterpret_cast<double*>(memory + (ChunkTables<T>::bytes(p) + 15) / 16 * 16);
-    double* const pull = turn + chunk_tokens * pairs;
+    const int pairs = p.columns - 1, stride = table_stride(pairs), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    // Of (token, pair): the turn of both sides, and C.dC - B.dB.
+    double* const turn = reinterpret_cast<double*>(memory + ChunkTables<T>::bytes(p));
+    double* const pull = turn + chunk_tokens * stride;
     Chunk at;
-    const Index kv = blockIdx.x % p.shape.kv_heads, slot = blockIdx.x / p.shape.kv_heads;
+    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
+    const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
     if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
-    tables.fill(p, at, slot, kv);
-
-    // A pair of channels as stored and its gradient over `times`: of the pair before rotation, over `strength`, and what they add
-    // to the sums of their token.
-    const auto back = [&](const View<T, 4>& stored, A dx, A dy, const View<T, 4>& out, Index row, Index head, int token, int n, A strength, A times, double sign) {
-        const A x = device::load_as<A>(stored(at.batch, row, head, 2 * n)), y = device::load_as<A>(stored(at.batch, row, head, 2 * n + 1));
-        if (out) {
-            const Turn<A> angle = tables.turn[token * pairs + n];
-            out(at.batch, row, head, 2 * n) = device::store_as<T>((dx * angle.cos + dy * angle.sin) * strength);
-            out(at.batch, row, head, 2 * n + 1) = device::store_as<T>((dy * angle.cos - dx * angle.sin) * strength);
-        }
-        turn[token * pairs + n] += static_cast<double>(times) * (static_cast<double>(x) * dy - static_cast<double>(y) * dx);
-        pull[token * pairs + n] += sign * static_cast<double>(times) * (static_cast<double>(x) * dx + static_cast<double>(y) * dy);
-    };
-    for (int e = threadIdx.x; e < chunk_tokens * pairs; e += chunk_threads) {
-        turn[e] = pull[e] = 0.0;
-        const int token = e / pairs, n = e % pairs;
-        if (token >= at.count) continue;
-        const Index row = at.row0 + at.first + token;
-        back(p.b, to.db(at.batch, row, kv, 2 * n), to.db(at.batch, row, kv, 2 * n + 1), to.grads.B, row, kv, token, n, tables.key[token].factor, A(1), -1.0);
+    // The chunk's first token among queries, and how many of its tokens are before the first of them.
+    const Index missing = p.missing(), row = at.row0 + at.first, query_row = row - missing, group = p.shape.group();
+    const int before = static_cast<int>(max(missing - at.first, Index{0}));
+    const HeadRows<T> b(p.b, at.batch, row, kv), dB(to.grads.B, at.batch, row, kv);
+    const HeadRows<const A> db(to.db, at.batch, row, kv);
+    ask_for(b, 0, at.count, 2 * pairs);
+    ask_for(db, 0, at.count, 2 * pairs);
+    for (Index h = kv * group; h < (kv + 1) * group; ++h) {
+        ask_for(HeadRows<T>(p.c, at.batch, query_row, h), before, at.count, 2 * pairs);
+        ask_for(HeadRows<const A>(to.dc, at.batch, query_row, h), before, at.count, 2 * pairs);
+        ask_for(HeadRows<const T>(p.in.C, at.batch, query_row, h), before, at.count, 2 * pairs);
     }
-    const Index missing = p.missing(), group = p.shape.group();
+    const auto& tables = ChunkTables<T>::make(memory, p, at, slot, kv);
+
+    // Back to the pair before rotation, over `strength`.
+    const auto turn_back = [&](const HeadRows<T>& out, int token, int n, const Turn<A>& by, A dx, A dy, A strength) {
+        if (out) device::store_two(out(token, 2 * n), out.column, (dx * by.cos + dy * by.sin) * strength, (dy * by.cos - dx * by.sin) * strength);
+    };
+    each_pair(chunk_tokens, pairs, [&](int token, int n) {
+        double turned = 0.0, pulled = 0.0;
+        if (token < at.count) {
+            A x, y, dx, dy;
+            device::load_two<T>(b(token, 2 * n), 1, x, y);
+            device::load_two<A>(db(token, 2 * n), 1, dx, dy);
+            turn_back(dB, token, n, tables.turn[token * tables.stride + n], dx, dy, tables.key[token].factor);
+            turned = static_cast<double>(x) * dy - static_cast<double>(y) * dx;
+            pulled = -(static_cast<double>(x) * dx + static_cast<double>(y) * dy);
+        }
+        turn[token * stride + n] = turned;
+        pull[token * stride + n] = pulled;
+    });
     for (Index h = kv * group; h < (kv + 1) * group; ++h) {
         const A lambda = p.strength[h];
+        const double times = static_cast<double>(p.pairwise ? lambda : p.scale);
+        const HeadRows<T> c(p.c, at.batch, query_row, h), dC(to.grads.C, at.batch, query_row, h);
+        const HeadRows<const A> dc(to.dc, at.batch, query_row, h);
+        const HeadRows<const T> C(p.in.C, at.batch, query_row, h);
         double sum = 0.0;
-        for (int e = threadIdx.x; e < at.count * pairs; e += chunk_threads) {
-            const int token = e / pairs, n = e % pairs;
-            const Index row = at.row0 + at.first + token - missing;
-            if (row < at.row0) continue;
-            const A dx = to.dc(at.batch, row, h, 2 * n), dy = to.dc(at.batch, row, h, 2 * n + 1), factor = tables.query[token].factor;
-            back(p.c, dx, dy, to.grads.C, row, h, token, n, factor * lambda, p.pairwise ? lambda : p.scale, 1.0);
-            // Of C as given, whose strength may be 0.
-            const Turn<A> angle = tables.turn[e];
-            const A x = device::load_as<A>(p.in.C(at.batch, row, h, 2 * n)), y = device::load_as<A>(p.in.C(at.batch, row, h, 2 * n + 1));
-            sum += static_cast<double>(factor * ((x * angle.cos - y * angle.sin) * dx + (x * angle.sin + y * angle.cos) * dy));
-        }
+        each_pair(at.count, pairs, [&](int token, int n) {
+            if (token < before) return;
+            A x, y, dx, dy;
+            device::load_two<T>(c(token, 2 * n), 1, x, y);
+            device::load_two<A>(dc(token, 2 * n), 1, dx, dy);
+            const A factor = tables.query[token].factor;
+            const Turn<A> by = tables.turn[token * tables.stride + n];
+            turn_back(dC, token, n, by, dx, dy, factor * lambda);
+            turn[token * stride + n] += times * (static_cast<double>(x) * dy - static_cast<double>(y) * dx);
+            pull[token * stride + n] += times * (static_cast<double>(x) * dx + static_cast<double>(y) * dy);
+            // lambda's own: of C as given, since the strength in what is stored may be 0.
+            device::load_two(C(token, 2 * n), C.column, x, y);
+            sum += static_cast<double>(factor * ((x * by.cos - y * by.sin) * dx + (x * by.sin + y * by.cos) * dy));
+        });
         sum = sum_of_block(sum);
         if (threadIdx.x == 0) to.strength[slot * p.shape.query_heads + h] = sum;
     }
     __syncthreads();
 
-    // dg of each token; what a chunk hands on of turns and, in exact mode, of dg.
-    double* const dg = tables.g;  // each thread its own tokens
+    // dg of each token; what a chunk hands on of it and of turns.
+    __shared__ Carry dg[chunk_tokens];
     double dy_sum = 0.0, at_largest = 0.0, at_smallest = 0.0;
-    for (int token = threadIdx.x; token < at.count; token += chunk_threads) {
+    for (int token = threadIdx.x; token < chunk_tokens; token += chunk_threads) {
         double sum = 0.0;
-        for (int n = 0; n < pairs; ++n) sum += pull[token * pairs + n];
-        if (p.published) {
+        for (int n = 0; n < pairs; ++n) sum += pull[token * stride + n];
+        const bool there = token < at.count;
+        if (there && p.published) {
             const double* const bounds = p.bounds_of(slot, kv);
-            const double g = dg[token], x = g - (bounds[0] + bounds[1]) / 2.0;
+            const double x = tables.g[token] - (bounds[0] + bounds[1]) / 2.0;
             if (fabs(x) > p.clamp) sum = 0.0;  // eq. 24
             dy_sum += sum;
-            at_largest += g == bounds[0] ? 1.0 : 0.0;
-            at_smallest += g == bounds[1] ? 1.0 : 0.0;
+            at_largest += tables.g[token] == bounds[0] ? 1.0 : 0.0;
+            at_smallest += tables.g[token] == bounds[1] ? 1.0 : 0.0;
         }
-        dg[token] = sum;
-        to.dg(at.batch, at.row0 + at.first + token, kv) = sum;
+        if (there) to.dg(at.batch, row + token, kv) = sum;
+        const bool cut = there && to.resets(at, token, kv);
+        dg[token] = {there && !cut ? sum : 0.0, !cut};
     }
-    __syncthreads();
     if (p.published) {
         const double sums[3] = {sum_of_block(dy_sum), sum_of_block(at_largest), sum_of_block(at_smallest)};
         if (threadIdx.x < 3) to.published_of(slot, kv)[threadIdx.x] = sums[threadIdx.x];
-    } else if (threadIdx.x == 0) {
-        Carry carry{0.0, 1};
-        for (int token = at.count - 1; token >= 0; --token) carry = carry + Carry{to.resets(at, token, kv) ? 0.0 : dg[token], !to.resets(at, token, kv)};
-        to.carries[slot * p.shape.kv_heads + kv] = carry;
-    }
-    for (int n = threadIdx.x; n < pairs; n += chunk_threads) {
-        double sum = 0.0;
-        for (int token = at.count - 1; token >= 0; --token) {
-            sum += turn[token * pairs + n];
-            turn[token * pairs + n] = sum;
-        }
-        to.turns_of(slot, kv)[n] = sum;
     }
     __syncthreads();
-    if (to.grads.theta)
-        for (int e = threadIdx.x; e < at.count * pairs; e += chunk_threads)
-            to.grads.theta(at.batch, at.row0 + at.first + e / pairs, kv, e % pairs) = static_cast<P>(turn[e]);
+    // From the last token to the first, two a lane.
+    const int later = chunk_tokens - 1 - 2 * lane, earlier = later - 1;
+    if (warp == 0 && !p.published) {
+        Carry carry = dg[later] + dg[earlier];
+        for (int step = 1; step < 32; step *= 2) {  // lane 0 has what is last
+            const Carry further{__shfl_down_sync(0xffffffffu, carry.sum, step), __shfl_down_sync(0xffffffffu, carry.open, step)};
+            if (lane + step < 32) carry = carry + further;
+        }
+        if (lane == 0) to.carries[slot * p.shape.kv_heads + kv] = carry;
+    }
+    __shared__ typename cub::WarpScan<double>::TempStorage scan[chunk_threads / 32];
+    for (int n = warp; n < pairs; n += chunk_threads / 32) {
+        const double x = turn[later * stride + n], y = turn[earlier * stride + n];
+        double before = 0.0, all = 0.0;
+        cub::WarpScan<double>(scan[warp]).ExclusiveSum(x + y, before, all);
+        __syncwarp();
+        turn[later * stride + n] = before + x;
+        turn[earlier * stride + n] = before + (x + y);
+        if (lane == 0) to.turns_of(slot, kv)[n] = all;
+    }
+    if (!to.grads.theta) return;
+    __syncthreads();
+    const HeadRows<P> dtheta(to.grads.theta, at.batch, row, kv);
+    each_pair(at.count, pairs, [&](int token, int n) { *dtheta(token, n) = static_cast<P>(turn[token * stride + n]); });
 }
 
-/// From what chunks hand on to what reaches each of them from behind, in place, a block for each sequence and head.
+/// From what chunks hand on to what reaches each of them from behind, in place, a block for each sequence and head, and column:
+/// dg, then turns.
 template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void gradient_carries_kernel(const __grid_constant__ GradientProblem<T, P> to) {
     using Scan = cub::BlockScan<Carry, chunk_threads>;
     __shared__ typename Scan::TempStorage memory;
     __shared__ Carry last;
     const Problem<T, P>& p = to.p;
-    const Index kv = blockIdx.x % p.shape.kv_heads, sequence = blockIdx.x / p.shape.kv_heads;
+    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
+    const Index kv = blockIdx.x % heads, sequence = blockIdx.x / heads;
     const RowRange rows = device::checked_rows(p.in.cu_seqlens, sequence, p.shape.keys);
     const Index first = device::first_tile(p.in.cu_seqlens, sequence, p.shape.keys, chunk_tokens), count = ceil_div(rows.end - rows.begin, chunk_tokens);
-    const int thread = threadIdx.x;
-    if (p.published) {  // eq. 25: the offset's gradient, to equal shares
+    const int thread = threadIdx.x, column = static_cast<int>(blockIdx.y) - 1;
+    if (p.published && column < 0) {  // eq. 25: the offset's gradient, to equal shares
         double sums[3] = {};
         for (Index i = thread; i < count; i += chunk_threads)
             for (int k = 0; k < 3; ++k) sums[k] += to.published_of(first + i, kv)[k];
@@ -170,26 +198,24 @@ __global__ __launch_bounds__(chunk_threads) void gradient_carries_kernel(const _
         }
         __syncthreads();
     }
-    for (int column = -1; column < p.columns - 1; ++column) {  // dg, then turns
-        Carry behind{0.0, 1};
-        for (Index i = 0; i < count; i += chunk_threads) {
-            const Index slot = first + count - 1 - i - thread;
-            const bool there = i + thread < count;
-            Carry own{0.0, 1}, before{};
-            if (there) own = column < 0 ? to.carries[slot * p.shape.kv_heads + kv] : Carry{to.turns_of(slot, kv)[column], 1};
-            Scan(memory).ExclusiveScan(own, before, Carry{0.0, 1}, [](const Carry& a, const Carry& b) { return a + b; });
-            if (there) {
-                const Carry reaches = behind + before;
-                if (column < 0)
-                    to.carries[slot * p.shape.kv_heads + kv] = reaches;
-                else
-                    to.turns_of(slot, kv)[column] = reaches.sum;
-            }
-            if (thread == chunk_threads - 1) last = behind + (before + own);
-            __syncthreads();
-            behind = last;
-            __syncthreads();
+    Carry behind{0.0, 1};
+    for (Index i = 0; i < count; i += chunk_threads) {
+        const Index slot = first + count - 1 - i - thread;
+        const bool there = i + thread < count;
+        Carry own{0.0, 1}, before{};
+        if (there) own = column < 0 ? to.carries[slot * p.shape.kv_heads + kv] : Carry{to.turns_of(slot, kv)[column], 1};
+        Scan(memory).ExclusiveScan(own, before, Carry{0.0, 1}, [](const Carry& a, const Carry& b) { return a + b; });
+        if (there) {
+            const Carry reaches = behind + before;
+            if (column < 0)
+                to.carries[slot * p.shape.kv_heads + kv] = reaches;
+            else
+                to.turns_of(slot, kv)[column] = reaches.sum;
         }
+        if (thread == chunk_threads - 1) last = behind + (before + own);
+        __syncthreads();
+        behind = last;
+        __syncthreads();
     }
 }
 
@@ -198,20 +224,27 @@ template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void finish_gradients_kernel(const __grid_constant__ GradientProblem<T, P> to) {
     const Problem<T, P>& p = to.p;
     Chunk at;
-    const Index kv = blockIdx.x % p.shape.kv_heads, slot = blockIdx.x / p.shape.kv_heads;
+    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
+    const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
     if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
-    const int pairs = p.columns - 1;
-    if (to.grads.theta)
-        for (int e = threadIdx.x; e < at.count * pairs; e += chunk_threads) {
-            P& x = to.grads.theta(at.batch, at.row0 + at.first + e / pairs, kv, e % pairs);
+    if (to.grads.theta) {
+        const double* const reaches = to.turns_of(slot, kv);
+        const HeadRows<P> dtheta(to.grads.theta, at.batch, at.row0 + at.first, kv);
+        each_pair(at.count, p.columns - 1, [&](int token, int n) {
+            P& x = *dtheta(token, n);
             // No pair of tokens has the first one between them.
-            x = at.first + e / pairs == 0 ? P(0) : static_cast<P>(static_cast<double>(x) + to.turns_of(slot, kv)[e % pairs]);
-        }
-    if (!to.grads.log_alpha || threadIdx.x >= 32) return;
+            x = at.first + token == 0 ? P(0) : static_cast<P>(static_cast<double>(x) + reaches[n]);
+        });
+    }
+    if (!to.grads.log_alpha) return;
+    __shared__ __align__(16) unsigned char steps_memory[sizeof(double) * chunk_tokens];
+    Steps<T, P> steps(steps_memory, p);
+    if (p.published) steps.load(p, at, kv, false);
+    if (threadIdx.x >= 32) return;
     const int lane = threadIdx.x;
     __shared__ typename cub::WarpScan<Carry>::TempStorage memory;
     __shared__ double g[chunk_tokens];
-    if (p.published) run_sums(p, at, kv, 0, p.sums_of(slot, kv)[0], lane, [&](int token, double sum) { g[token] = sum; });
+    if (p.published) steps.run(0, p.sums_of(slot, kv)[0], [&](int token, double sum) { g[token] = sum; });
     __syncwarp();
     const auto share = [&](int token) {
         if (!p.published) return 0.0;
