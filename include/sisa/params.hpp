@@ -349,6 +349,15 @@ Status validate(const Options& options, const State<T>& state, const Keys<T, P>&
     return check.status;
 }
 
+namespace detail {
+/// Bytes of what rounding takes from o in 16-bit storage and softmax, kept for delta: a score gradient is p (dp - delta + dlse), and
+/// where values are much alike dp - delta is far below delta, whose share of o's rounding is then most of its error.
+inline std::size_t rest_size(const Options& options, const Shape& s) {
+    const bool keep = options.score == Score::softmax && (s.dtype == DType::f16 || s.dtype == DType::bf16);
+    return keep ? static_cast<std::size_t>(s.batch * s.query_heads * s.queries * s.value_dim) * sizeof(bf16) : 0;
+}
+}  // namespace detail
+
 /// How verify, replay and the golden cases reach the operator.
 struct Operator {
     static constexpr const char* name = "sisa";

@@ -12,8 +12,8 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace sisa {
 inline namespace INTERSTATE_KERNELS {
 
-/// o and lse are all that backward needs.
-inline std::size_t saved_size(const cuda&, const Options&, const Shape&) { return 0; }
+/// Bytes of `Saved`, as on the CPU: for 16-bit storage and softmax, two for each number of o, else none.
+inline std::size_t saved_size(const cuda&, const Options& options, const Shape& s) { return s.state_dim > 0 ? detail::rest_size(options, s) : 0; }
 
 /// Bytes of scratch memory for a pass: channels as attention's kernels read them, and sums of tokens.
 inline std::size_t workspace_size(const cuda& exec, const Options& options, const Shape& s, pass which) {
@@ -43,12 +43,13 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out));
     const Shape s = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::forward)));
+    if (saved.data) INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, s)));
     if (s.state_dim == 0) return forward(exec, attention_of(options), attention_of(in), attention::Outputs<T>{out.o, out.lse}, saved, ws);
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.keys));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.o, in.cu_seqlens));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.lse, in.cu_seqlens));
-    return detail::run_forward(exec, options, in, out, ws);
+    return detail::run_forward(exec, options, in, out, saved, ws);
 }
 
 /// The gradients whose views are not null, overwritten, the same bits on every call. Errors as in forward.
@@ -58,6 +59,7 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out, upstream, grads));
     const Shape s = shape_of(in);
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::backward)));
+    INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, s)));
     if (s.state_dim == 0)
         return backward(exec, attention_of(options), attention_of(in), attention::Outputs<T>{out.o, out.lse}, saved,
                         attention::Upstream<T>{upstream.o, upstream.lse}, attention::Grads<T>{grads.q, grads.k, grads.v}, ws);
@@ -69,7 +71,7 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
         return first;
     };
     INTERSTATE_RETURN_IF_ERROR(outside(grads.q, grads.k, grads.v, grads.C, grads.B, grads.log_alpha, grads.theta));
-    return detail::run_backward(exec, options, in, out, upstream, grads, ws);
+    return detail::run_backward(exec, options, in, out, saved, upstream, grads, ws);
 }
 
 }  // namespace INTERSTATE_KERNELS

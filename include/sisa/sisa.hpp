@@ -25,7 +25,7 @@ namespace sisa {
 
 /// Bytes of `Saved`: what rounding takes from o, where that is of 16 bits and there is a softmax; else none.
 inline std::size_t saved_size(const cpu&, const Options& options, const Shape& shape) {
-    return detail::tiled_saved_size(options, shape);
+    return detail::rest_size(options, shape);
 }
 
 /// Bytes of scratch memory for a pass, for exec.threads threads (0: as many as OpenMP has now): that of attention, and

@@ -41,7 +41,7 @@ std::string described(const char* dtype, const Options& options, const Case& c, 
 }
 
 /// Against the float64 reference on inputs rounded alike, to the size of the terms: float and double to their own rounding, 16-bit
-/// storage by the 16-bit rule, or to four roundings where the formula happens to be nearer (delta is made of the rounded o).
+/// storage by the 16-bit rule, or to two roundings of the terms where the formula happens to be nearer.
 template <class T>
 void expect_close(Checks& checks, const Case& c, const Options& options = {}, RunOptions run = {}) {
     const Case in = rounded<Operator, T, acc_t<T>>(c);
@@ -56,7 +56,7 @@ void expect_close(Checks& checks, const Case& c, const Options& options = {}, Ru
     std::string beyond;
     for (const TensorError& e : compare(got, want)) {
         const HostTensor& exact = want.tensors.at(e.name);
-        constexpr double roundings = std::is_same_v<T, bf16> ? 4.0 * 0x1p-9 : 4.0 * 0x1p-12;
+        constexpr double roundings = std::is_same_v<T, bf16> ? 2.0 * 0x1p-9 : 2.0 * 0x1p-12;
         double bound = sizeof(T) == 8 ? 1e-11 : sizeof(T) == 4 ? 1e-5 : roundings;
         const double own = norm(exact);
         if (own > 0.0) bound *= size_of_terms(in, want, e.name) / own;

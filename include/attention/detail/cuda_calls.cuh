@@ -39,16 +39,17 @@ Status dispatch_dim(const Shape& s, F&& f) {
     }
 }
 
-/// Forward in tiles of `dim` columns, or by the simple kernel (0).
+/// Forward in tiles of `dim` columns, or by the simple kernel (0). `rest`, where not null, takes what rounding takes from o.
 template <class T, int dim, class Policy>
-Status launch_forward(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, const Policy& policy) {
+Status launch_forward(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, const Policy& policy,
+                      const View<bf16, 4>& rest = {}) {
     const auto call = call_of(options, in, policy);
     const Shape& s = call.shape;
     if constexpr (dim == 0) {
         const Index blocks = s.batch * s.queries * s.query_heads;
         INTERSTATE_RETURN_IF_ERROR(check_blocks(blocks));
         return launch(exec, "attention.cuda.simple forward", simple_forward_kernel<T, Policy>,
-                      {dim3(static_cast<unsigned>(blocks)), dim3(simple_threads)}, call, out.o, out.lse);
+                      {dim3(static_cast<unsigned>(blocks)), dim3(simple_threads)}, call, out.o, out.lse, rest);
     } else {
         using Form = ForwardForm<T, dim, Policy::channels>;
         const Tiling tiling(s, s.queries, s.query_heads, Form::rows);
@@ -56,7 +57,7 @@ Status launch_forward(const cuda& exec, const Options& options, const Inputs<T>&
         return launch(exec, "attention.cuda.tiled forward",
                       call.softmax ? forward_kernel<T, dim, true, Policy> : forward_kernel<T, dim, false, Policy>,
                       {dim3(static_cast<unsigned>(tiling.blocks)), dim3(Form::threads), Form::shared}, call, tiling, out.o, out.lse,
-                      device::moves_wide(out.o, s.value_dim));
+                      device::moves_wide(out.o, s.value_dim), rest);
     }
 }
 
@@ -67,7 +68,7 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T>& in
 
 template <class T>
 Status make_statistics(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, const Upstream<T>& upstream,
-                       const BackwardWorkspace<acc_t<T>>& memory) {
+                       const BackwardWorkspace<acc_t<T>>& memory, const View<const bf16, 4>& rest = {}) {
     const Shape s = shape_of(in);
     const Index rows = s.batch * s.queries * s.query_heads;
     if (options.score == Score::softmax) {
@@ -75,7 +76,7 @@ Status make_statistics(const cuda& exec, const Options& options, const Inputs<T>
         INTERSTATE_RETURN_IF_ERROR(check_blocks(ceil_div(rows, 32)));
         INTERSTATE_RETURN_IF_ERROR(launch(exec, "attention.cuda statistics", statistics_kernel<T>,
                                           {dim3(static_cast<unsigned>(ceil_div(rows, 32))), dim3(256)}, View<const T, 4>(out.o), upstream.o,
-                                          View<const acc_t<T>, 3>(out.lse), upstream.lse, memory.statistics, wide));
+                                          View<const acc_t<T>, 3>(out.lse), upstream.lse, rest, memory.statistics, wide));
     }
     if constexpr (std::is_same_v<T, f16>) {
         INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(memory.range, 0, sizeof(HalfRange), exec.stream), "cudaMemsetAsync"));

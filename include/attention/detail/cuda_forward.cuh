@@ -36,6 +36,12 @@ __device__ void mask_scores(float (&s)[tiles][4], const Mask& mask, int position
     }
 }
 
+/// What rounding to T takes from x.
+template <class T>
+__device__ float rounding_of(float x) {
+    return x - device::load_as<float>(device::store_as<T>(x));
+}
+
 /// By how much, as a power of two, weights may exceed 1 before sums are scaled down.
 inline constexpr float slack = 8.0f;
 
@@ -44,7 +50,7 @@ inline namespace INTERSTATE_KERNELS {
 template <class T, int dim, bool softmax, class Policy>
 __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, ForwardForm<T, dim, Policy::channels>::blocks) void forward_kernel(
     const __grid_constant__ Call<T, Policy> call, const __grid_constant__ Tiling tiling, const View<T, 4> o, const View<float, 3> lse,
-    const bool wide_o) {
+    const bool wide_o, const View<bf16, 4> rest) {
     constexpr int channels = Policy::channels;
     using Form = ForwardForm<T, dim, channels>;
     constexpr int m = Form::m, tile = Form::tile, tiles = tile / 8, threads = Form::threads;
@@ -214,11 +220,29 @@ __global__ __launch_bounds__(ForwardForm<T, dim, Policy::channels>::threads, For
                     lse(at.batch, at.query0 + at.first + r, at.head) = l == 0.0f ? -INFINITY : (shift[i][row] + log2f(l)) * float(ln_2);
             }
 #pragma unroll
-            for (int t = 0; t < dim / 8; ++t)
-                device::put_pair(q.at(r, 8 * t + 2 * lane.quad), sum[i][t][2 * row] * factor, sum[i][t][2 * row + 1] * factor);
+            for (int t = 0; t < dim / 8; ++t) {
+                sum[i][t][2 * row] *= factor;
+                sum[i][t][2 * row + 1] *= factor;
+                device::put_pair(q.at(r, 8 * t + 2 * lane.quad), sum[i][t][2 * row], sum[i][t][2 * row + 1]);
+            }
         }
     __syncthreads();
     q.template copy_out<threads>({o, at.batch, at.query0 + at.first, at.head, count, wide_o}, thread);
+    if constexpr (sizeof(T) == 2)
+        if (rest) {
+            __syncthreads();
+            const device::Swizzled<bf16, Form::rows, dim> taken{reinterpret_cast<bf16*>(q.data)};
+#pragma unroll
+            for (int i = 0; i < m; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; e += 2)
+#pragma unroll
+                    for (int t = 0; t < dim / 8; ++t)
+                        device::put_pair(taken.at(16 * (m * warp + i) + lane.group + 4 * e, 8 * t + 2 * lane.quad), rounding_of<T>(sum[i][t][e]),
+                                         rounding_of<T>(sum[i][t][e + 1]));
+            __syncthreads();
+            taken.template copy_out<threads>({rest, at.batch, at.query0 + at.first, at.head, count, device::moves_wide(rest, rest.extent[3])}, thread);
+        }
 }
 
 }  // namespace INTERSTATE_KERNELS

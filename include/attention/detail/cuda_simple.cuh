@@ -2,6 +2,7 @@
 // once, and forms the scores again for more columns. For float64, and for heads wider than the tiles.
 #pragma once
 
+#include <attention/detail/cuda_forward.cuh>
 #include <attention/detail/cuda_statistics.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -95,7 +96,7 @@ inline namespace INTERSTATE_KERNELS {
 
 template <class T, class Policy>
 __global__ __launch_bounds__(simple_threads) void simple_forward_kernel(const __grid_constant__ Call<T, Policy> call, const View<T, 4> o,
-                                                                       const View<acc_t<T>, 3> lse) {
+                                                                       const View<acc_t<T>, 3> lse, const View<bf16, 4> rest) {
     using A = acc_t<T>;
     __shared__ A weights[simple_threads];
     Place at;
@@ -137,6 +138,8 @@ __global__ __launch_bounds__(simple_threads) void simple_forward_kernel(const __
         }
         const A factor = !call.softmax ? A(1) : total == A(0) ? A(0) : A(1) / total;
         if (column < o.extent[3]) o(at.batch, row, at.head, column) = device::store_as<T>(sum * factor);
+        if constexpr (sizeof(T) == 2)
+            if (rest && column < o.extent[3]) rest(at.batch, row, at.head, column) = bf16(rounding_of<T>(sum * factor));
         if (lse && first == 0 && threadIdx.x == 0) lse(at.batch, row, at.head) = total == A(0) ? -A(INFINITY) : (largest + log2(total)) * A(ln_2);
         first += simple_threads;
     } while (first < o.extent[3]);

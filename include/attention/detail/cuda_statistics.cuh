@@ -16,10 +16,11 @@ struct alignas(2 * sizeof(A)) RowStatistics {
 
 inline namespace INTERSTATE_KERNELS {
 
-/// Statistics of every row of queries (eq. 8), (B, Hq, Lq), by teams of 8 lanes.
+/// Statistics of every row of queries (eq. 8), (B, Hq, Lq), by teams of 8 lanes. `rest`: what rounding took from o, laid out without gaps,
+/// or null.
 template <class T>
 __global__ __launch_bounds__(256) void statistics_kernel(View<const T, 4> o, View<const T, 4> dout, View<const acc_t<T>, 3> lse,
-                                                         View<const acc_t<T>, 3> dlse, RowStatistics<acc_t<T>>* to, bool wide) {
+                                                         View<const acc_t<T>, 3> dlse, View<const bf16, 4> rest, RowStatistics<acc_t<T>>* to, bool wide) {
     using A = acc_t<T>;
     constexpr int V = 16 / static_cast<int>(sizeof(T));
     const Index queries = o.extent[1], heads = o.extent[2], row = static_cast<Index>(blockIdx.x) * (blockDim.x / 8) + threadIdx.x / 8;
@@ -42,6 +43,22 @@ __global__ __launch_bounds__(256) void statistics_kernel(View<const T, 4> o, Vie
             for (int d = lane; d < width; d += 8) delta += device::load_as<A>(x[d * o.stride[3]]) * device::load_as<A>(y[d * dout.stride[3]]);
         }
     }
+    if constexpr (sizeof(T) == 2)
+        if (there && rest) {
+            const bf16* const x = &rest(b, i, h, 0);
+            const T* const y = &dout(b, i, h, 0);
+            if (wide) {
+#pragma unroll 2
+                for (int d = lane * V; d < width; d += 8 * V) {
+                    const auto left = device::load_wide(x + d);
+                    const auto right = device::load_wide(y + d);
+#pragma unroll
+                    for (int e = 0; e < V; ++e) delta += device::load_as<A>(left.x[e]) * device::load_as<A>(right.x[e]);
+                }
+            } else {
+                for (int d = lane; d < width; d += 8) delta += device::load_as<A>(x[d]) * device::load_as<A>(y[d * dout.stride[3]]);
+            }
+        }
     for (int step = 4; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
     if (!there || lane != 0) return;
     const A l = lse(b, i, h);

@@ -53,7 +53,7 @@ Status launch(const cuda& exec, const char* name, void (*kernel)(Parameters...),
               Arguments&&... arguments) {
     if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return {};
     cudaFuncAttributes attributes{};
-    const bool asks = shape.shared > 48 * 1024;  // beyond this a kernel has to ask
+    const bool asks = shape.shared > 32 * 1024;  // a kernel has to ask for more than 48 KiB, its static memory included
     if (asks || shape.overlaps) INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaFuncGetAttributes(&attributes, kernel), name));
     if (asks) {
         std::size_t limit = 0;

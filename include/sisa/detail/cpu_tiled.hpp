@@ -199,15 +199,9 @@ inline std::size_t tiled_workspace_size(const cpu& exec, const Shape& s, pass wh
     return measure.required();
 }
 
-/// What rounding takes from o in 16-bit storage and softmax, kept for delta: a score gradient is p (dp - delta + dlse), and
-/// where values are much alike dp - delta is far below delta, whose share of o's rounding is then most of its error.
-inline std::size_t tiled_saved_size(const Options& options, const Shape& s) {
-    const bool keep = options.score == Score::softmax && (s.dtype == DType::f16 || s.dtype == DType::bf16);
-    return keep ? static_cast<std::size_t>(s.batch * s.query_heads * s.queries * s.value_dim) * sizeof(bf16) : 0;
-}
 template <class T, class P>
 bf16* rest_of_o(const Options& options, const Inputs<T, P>& in, Saved saved) {
-    return tiled_saved_size(options, shape_of(in)) > 0 ? static_cast<bf16*>(saved.data) : nullptr;
+    return rest_size(options, shape_of(in)) > 0 ? static_cast<bf16*>(saved.data) : nullptr;
 }
 
 /// The importance term as a policy of attention.

@@ -49,6 +49,11 @@ View<E, 4> by_heads(E* data, Index batch, Index length, Index heads, Index colum
     return view(data, {batch, length, heads, columns}, {heads * length * columns, columns, length * columns, Index{1}});
 }
 
+/// Where `saved` keeps what rounding took from o.
+inline View<bf16, 4> rest_of_o(const Options& options, const Shape& s, Saved saved) {
+    if (!saved.data || rest_size(options, s) == 0) return {};
+    return view(static_cast<bf16*>(saved.data), {s.batch, s.queries, s.query_heads, s.value_dim});
+}
 inline View<double, 3> by_heads(double* data, Index batch, Index length, Index heads) {
     return view(data, {batch, length, heads}, {heads * length, Index{1}, length});
 }
@@ -126,7 +131,7 @@ auto policy_of(const Problem<T, P>& p, const CudaWorkspace<T>& memory) {
 }
 
 template <class T, class P>
-Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Workspace ws) {
+Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved, Workspace ws) {
     namespace a = attention::detail;
     const Shape s = shape_of(in);
     return dispatch_channels<T>(s, false, [&](auto dim, auto channels) -> Status {
@@ -136,12 +141,12 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
         const auto p = problem_of(options, in, memory, padded, channels == 0);
         INTERSTATE_RETURN_IF_ERROR(make_channels(exec, p));
         const auto policy = policy_of<T, P, channels>(p, memory);
-        return a::launch_forward<T, dim>(exec, attention_of(options), attention_of(in), attention::Outputs<T>{out.o, out.lse}, policy);
+        return a::launch_forward<T, dim>(exec, attention_of(options), attention_of(in), attention::Outputs<T>{out.o, out.lse}, policy, rest_of_o(options, s, saved));
     });
 }
 
 template <class T, class P>
-Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, const Upstream<T>& upstream,
+Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved, const Upstream<T>& upstream,
                     const Grads<T, P>& grads, Workspace ws) {
     namespace a = attention::detail;
     const Shape s = shape_of(in);
@@ -157,7 +162,8 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
         const auto plain_in = attention_of(in);
         const attention::Upstream<T> plain_up{upstream.o, upstream.lse};
         const attention::Grads<T> plain_grads{grads.q, grads.k, grads.v};
-        INTERSTATE_RETURN_IF_ERROR(a::make_statistics(exec, plain, plain_in, attention::Outputs<T>{out.o, out.lse}, plain_up, memory.of_attention));
+        INTERSTATE_RETURN_IF_ERROR(a::make_statistics(exec, plain, plain_in, attention::Outputs<T>{out.o, out.lse}, plain_up, memory.of_attention,
+                                                   View<const bf16, 4>(rest_of_o(options, s, saved))));
         if (grads.q || tokens)
             INTERSTATE_RETURN_IF_ERROR((a::launch_query_gradient<T, dim>(exec, plain, plain_in, plain_up, memory.of_attention, plain_grads, policy)));
         if (grads.k || grads.v || tokens)

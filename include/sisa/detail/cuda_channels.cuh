@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cub/block/block_scan.cuh>
-#include <cub/warp/warp_scan.cuh>
 
 #include <attention/detail/cuda_tiles.cuh>
 #include <sisa/params.hpp>
@@ -122,18 +121,28 @@ struct Steps {
     __device__ double operator()(int token, int column) const {
         return column == 0 ? log_alpha[token] : static_cast<double>(theta[token * stride + column - 1]);
     }
-    /// Running sums of a column, from `before` on, by a warp: to(token, sum).
+    /// Running sums of all columns below `columns`, by the block: to(column, token, sum, total). A lane has 8 tokens of a column, a warp
+    /// 4 columns.
     template <class F>
-    __device__ void run(int column, double before, F&& to) const {
-        __shared__ typename cub::WarpScan<double>::TempStorage memory[chunk_threads / 32];
+    __device__ void run(int columns, F&& to) const {
         static_assert(chunk_tokens == 64);
-        const int lane = threadIdx.x % 32;
-        const double x = (*this)(2 * lane, column), y = (*this)(2 * lane + 1, column);
-        double sum = 0.0;
-        cub::WarpScan<double>(memory[threadIdx.x / 32]).ExclusiveSum(x + y, sum);
-        __syncwarp();
-        to(2 * lane, before + (sum + x));
-        to(2 * lane + 1, before + (sum + x + y));
+        const int lane = threadIdx.x % 32, segment = lane / 4;
+        for (int column = static_cast<int>(threadIdx.x) / 32 * 4 + lane % 4; column - lane % 4 < columns; column += chunk_threads / 8) {
+            double sums[8], sum = 0.0;
+            if (column < columns)
+#pragma unroll
+                for (int k = 0; k < 8; ++k) sums[k] = sum += (*this)(8 * segment + k, column);
+            double reached = sum;
+#pragma unroll
+            for (int step = 1; step < 8; step *= 2) {
+                const double further = __shfl_up_sync(0xffffffffu, reached, 4 * step);
+                if (segment >= step) reached += further;
+            }
+            const double before = __shfl_up_sync(0xffffffffu, reached, 4), total = __shfl_sync(0xffffffffu, reached, 28 + lane % 4);
+            if (column < columns)
+#pragma unroll
+                for (int k = 0; k < 8; ++k) to(column, 8 * segment + k, segment > 0 ? before + sums[k] : sums[k], total);
+        }
     }
 };
 
@@ -167,26 +176,22 @@ __global__ __launch_bounds__(chunk_threads) void chunk_sums_kernel(const __grid_
     if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
     Steps<T, P> steps(memory, p);
     steps.load(p, at, kv);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int column = warp; column < p.columns; column += chunk_threads / 32) {
-        double sum = steps(2 * lane, column) + steps(2 * lane + 1, column);
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        if (lane == 0) p.sums_of(slot, kv)[column] = sum;
-        if (!p.published || column > 0) continue;
-        double largest = -INFINITY, smallest = INFINITY;
-        steps.run(0, 0.0, [&](int token, double g) {
-            if (token >= at.count) return;
-            largest = fmax(largest, g);
-            smallest = fmin(smallest, g);
-        });
-        for (int step = 16; step > 0; step /= 2) {
-            largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-            smallest = fmin(smallest, __shfl_xor_sync(0xffffffffu, smallest, step));
+    double largest = -INFINITY, smallest = INFINITY;
+    steps.run(p.columns, [&](int column, int token, double sum, double total) {
+        if (token == 0) p.sums_of(slot, kv)[column] = total;
+        if (column == 0 && token < at.count) {
+            largest = fmax(largest, sum);
+            smallest = fmin(smallest, sum);
         }
-        if (lane == 0) {
-            p.bounds_of(slot, kv)[0] = largest;
-            p.bounds_of(slot, kv)[1] = smallest;
-        }
+    });
+    if (!p.published || threadIdx.x >= 32) return;
+    for (int step = 16; step > 0; step /= 2) {
+        largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        smallest = fmin(smallest, __shfl_xor_sync(0xffffffffu, smallest, step));
+    }
+    if (threadIdx.x == 0) {
+        p.bounds_of(slot, kv)[0] = largest;
+        p.bounds_of(slot, kv)[1] = smallest;
     }
 }
 
@@ -288,24 +293,22 @@ struct ChunkTables {
     template <class P>
     __device__ void fill(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv, Steps<T, P>& steps) {
         __shared__ double previous[chunk_tokens];  // g of the chunk before, where the first query's tile may begin
-        const int warp = threadIdx.x / 32;
         const auto missing = static_cast<int>(p.missing());
         if (missing % chunk_tokens != 0 && at.first > 0) {
             Chunk earlier = at;
             earlier.first -= chunk_tokens;
             earlier.count = chunk_tokens;
             steps.load(p, earlier, kv, false);
-            if (warp == 0) steps.run(0, p.sums_of(slot - 1, kv)[0], [&](int token, double sum) { previous[token] = sum; });
+            steps.run(1, [&](int, int token, double sum, double) { previous[token] = p.sums_of(slot - 1, kv)[0] + sum; });
         }
         steps.load(p, at, kv);
         const double* const before = p.sums_of(slot, kv);
-        for (int column = warp; column < p.columns; column += chunk_threads / 32)
-            steps.run(column, before[column], [&](int token, double sum) {
-                if (column == 0)
-                    g[token] = sum;
-                else
-                    turn[token * stride + column - 1] = Turn<A>(sum);
-            });
+        steps.run(p.columns, [&](int column, int token, double sum, double) {
+            if (column == 0)
+                g[token] = before[0] + sum;
+            else
+                turn[token * stride + column - 1] = Turn<A>(before[column] + sum);
+        });
         __syncthreads();
         for (int token = threadIdx.x; token < at.count; token += chunk_threads) {
             constexpr float range = attention::detail::level_range<T>;

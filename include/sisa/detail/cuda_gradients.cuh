@@ -2,6 +2,8 @@
 // decay and rotation chunk by chunk, then reverse sums in two levels, in float64.
 #pragma once
 
+#include <cub/warp/warp_scan.cuh>
+
 #include <sisa/detail/cuda_channels.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -155,15 +157,24 @@ __global__ __launch_bounds__(chunk_threads) void channel_gradients_kernel(const 
         }
         if (lane == 0) to.carries[slot * p.shape.kv_heads + kv] = carry;
     }
-    __shared__ typename cub::WarpScan<double>::TempStorage scan[chunk_threads / 32];
-    for (int n = warp; n < pairs; n += chunk_threads / 32) {
-        const double x = turn[later * stride + n], y = turn[earlier * stride + n];
-        double before = 0.0, all = 0.0;
-        cub::WarpScan<double>(scan[warp]).ExclusiveSum(x + y, before, all);
-        __syncwarp();
-        turn[later * stride + n] = before + x;
-        turn[earlier * stride + n] = before + (x + y);
-        if (lane == 0) to.turns_of(slot, kv)[n] = all;
+    // A lane has 8 tokens of a pair, the last ones first, a warp 4 pairs.
+    const int segment = lane / 4, last = chunk_tokens - 1 - 8 * segment;
+    for (int n = warp * 4 + lane % 4; n - lane % 4 < pairs; n += chunk_threads / 8) {
+        double sums[8], sum = 0.0;
+        if (n < pairs)
+#pragma unroll
+            for (int k = 0; k < 8; ++k) sums[k] = sum += turn[(last - k) * stride + n];
+        double reached = sum;
+#pragma unroll
+        for (int step = 1; step < 8; step *= 2) {
+            const double further = __shfl_up_sync(0xffffffffu, reached, 4 * step);
+            if (segment >= step) reached += further;
+        }
+        const double before = __shfl_up_sync(0xffffffffu, reached, 4);
+        if (n >= pairs) continue;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) turn[(last - k) * stride + n] = segment > 0 ? before + sums[k] : sums[k];
+        if (segment == 7) to.turns_of(slot, kv)[n] = reached;
     }
     if (!to.grads.theta) return;
     __syncthreads();
@@ -239,12 +250,14 @@ __global__ __launch_bounds__(chunk_threads) void finish_gradients_kernel(const _
     if (!to.grads.log_alpha) return;
     __shared__ __align__(16) unsigned char steps_memory[sizeof(double) * chunk_tokens];
     Steps<T, P> steps(steps_memory, p);
-    if (p.published) steps.load(p, at, kv, false);
-    if (threadIdx.x >= 32) return;
-    const int lane = threadIdx.x;
     __shared__ typename cub::WarpScan<Carry>::TempStorage memory;
     __shared__ double g[chunk_tokens];
-    if (p.published) steps.run(0, p.sums_of(slot, kv)[0], [&](int token, double sum) { g[token] = sum; });
+    if (p.published) {
+        steps.load(p, at, kv, false);
+        steps.run(1, [&](int, int token, double sum, double) { g[token] = p.sums_of(slot, kv)[0] + sum; });
+    }
+    if (threadIdx.x >= 32) return;
+    const int lane = threadIdx.x;
     __syncwarp();
     const auto share = [&](int token) {
         if (!p.published) return 0.0;
