@@ -1330,27 +1330,29 @@ inline double step_scores(const Options& options, const Shape& s, const CacheRow
     return sum * static_cast<double>(s.query_heads * s.queries);
 }
 
-/// Rows `first` and on of sequence b in the accumulator's dtype, `ld` apart: where they are, if they are already what the kernel
-/// reads, else in `copy`.
+/// Rows `first` and on of sequence b, in the accumulator's dtype and filled up with zeros, `ld` apart.
+template <class T>
+void load_cached(Isa isa, const CacheRows& rows, const View<T, 4>& x, Index b, Index first, Index h, Index count, acc_t<T>* to, Index ld) {
+    const Index dim = x.extent[3];
+    for (Index done = 0; done < count && dim > 0;) {
+        const Index run = rows.run_at(first + done), some = run < count - done ? run : count - done;
+        const CacheRows::Place at = rows.place(b, first + done);
+        simd::run_body<LoadRows<T>>(isa, static_cast<const T*>(&x(at.batch, at.row, h, 0)), x.stride[1], x.stride[3], some, dim,
+                                    acc_t<T>(1), to + done * ld, padded(dim), ld);
+        done += some;
+    }
+}
+/// The same, where they are if they are already what the kernel reads.
 template <class T>
 const acc_t<T>* rows_of_cache(Isa isa, const CacheRows& rows, const View<T, 4>& x, Index b, Index first, Index h, Index count,
                               acc_t<T>* copy, Index& ld) {
-    using A = acc_t<T>;
-    const Index dim = x.extent[3], width = padded(dim);
-    if (dim == 0) return copy;
-    if constexpr (std::is_same_v<T, A>)
-        if (x.stride[3] == 1 && dim % pad == 0 && rows.run_at(first) >= count) {
+    if constexpr (std::is_same_v<T, acc_t<T>>)
+        if (x.stride[3] == 1 && x.extent[3] > 0 && x.extent[3] % pad == 0 && rows.run_at(first) >= count) {
             const CacheRows::Place at = rows.place(b, first);
             ld = x.stride[1];
             return &x(at.batch, at.row, h, 0);
         }
-    for (Index done = 0; done < count;) {
-        const Index run = rows.run_at(first + done), some = run < count - done ? run : count - done;
-        const CacheRows::Place at = rows.place(b, first + done);
-        simd::run_body<LoadRows<T>>(isa, static_cast<const T*>(&x(at.batch, at.row, h, 0)), x.stride[1], x.stride[3], some, dim,
-                                    A(1), copy + done * ld, width, ld);
-        done += some;
-    }
+    load_cached(isa, rows, x, b, first, h, count, copy, ld);
     return copy;
 }
 
@@ -1372,12 +1374,12 @@ void step_tile(Isa isa, Score score, const A* q, Index heads, Index ldq, const A
 
 /// o and lse of a row of sums.
 template <class T>
-void finish_step(const TokensOut<T>& out, Score score, Index b, Index i, Index h, const acc_t<T>* sum, Index dim,
+void finish_step(const View<T, 4>& o, const View<acc_t<T>, 3>& lse, Score score, Index b, Index i, Index h, const acc_t<T>* sum, Index dim,
                  const Running<acc_t<T>>& running, Index row) {
     using A = acc_t<T>;
     const A l = running.sum[row], factor = score == Score::softmax ? normalizer(l) : A(1);
-    for (Index d = 0; d < dim; ++d) out.o(b, i, h, d) = static_cast<T>(sum[d] * factor);
-    if (out.lse) out.lse(b, i, h) = l == A(0) ? -std::numeric_limits<A>::infinity() : running.largest[row] + std::log(l);
+    for (Index d = 0; d < dim; ++d) o(b, i, h, d) = static_cast<T>(sum[d] * factor);
+    if (lse) lse(b, i, h) = l == A(0) ? -std::numeric_limits<A>::infinity() : running.largest[row] + std::log(l);
 }
 
 /// Decoding: every key/value head of every batch row is a task, which reads its cache once for all
@@ -1429,8 +1431,8 @@ void cached_step(const cpu& exec, const Options& options, const State<T>& state,
         }
         for (Index i = 0; i < s.queries; ++i)
             for (Index n = 0; n < group; ++n)
-                finish_step(out, options.score, b, i, kv * group + n, w.sum + (i * group + n) * ldv, s.value_dim, w.running,
-                            i * group + n);
+                finish_step(out.o, out.lse, options.score, b, i, kv * group + n, w.sum + (i * group + n) * ldv, s.value_dim,
+                            w.running, i * group + n);
     });
 }
 

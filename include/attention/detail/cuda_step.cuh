@@ -54,6 +54,13 @@ struct StepForm {
     static constexpr std::size_t shared = loading > joining ? loading : joining;
 };
 
+/// What the parts of a cache have come to, where there is more than one.
+struct StepParts {
+    int splits = 1, pitch = 0;
+    float2* statistics = nullptr;  // (B, n, Hq, splits): shift, in powers of two, and the sum of weights
+    float* sums = nullptr;         // (B, n, Hq, splits, pitch)
+};
+
 /// Everything that the kernels of a step read.
 template <class T, class Policy>
 struct StepCall {
@@ -68,10 +75,8 @@ struct StepCall {
     A scale, option_bias;
     bool wide_q, wide_k, wide_v;
     Policy policy;
-    int row_tiles, splits;
-    float2* statistics;  // (B, n, Hq, splits): shift, in powers of two, and the sum of weights
-    float* sums;         // (B, n, Hq, splits, pitch)
-    int pitch;
+    int row_tiles;
+    StepParts parts;
     __device__ A bias(int head) const { return tokens.bias ? tokens.bias(head) : option_bias; }
 };
 
@@ -138,12 +143,12 @@ inline namespace INTERSTATE_KERNELS {
 
 /// New keys and values into the cache, a block a token; reports what is wrong with lengths and block table.
 template <class T>
-__global__ __launch_bounds__(256) void write_tokens_kernel(const __grid_constant__ CacheRows rows, const Mask mask, const View<const T, 4> k,
-                                                           const View<const T, 4> v, const View<T, 4> cache_k, const View<T, 4> cache_v,
-                                                           const bool wide_k, const bool wide_v, std::uint32_t* flags) {
+__global__ __launch_bounds__(256) void write_tokens_kernel(const __grid_constant__ CacheRows rows, const Mask mask, const int tokens,
+                                                           const View<const T, 4> k, const View<const T, 4> v, const View<T, 4> cache_k,
+                                                           const View<T, 4> cache_v, const bool wide_k, const bool wide_v, std::uint32_t* flags) {
     device::wait_for_previous_kernel();
     device::let_next_kernel_start();
-    const int tokens = static_cast<int>(k.extent[1]), i = static_cast<int>(blockIdx.x) % tokens;
+    const int i = static_cast<int>(blockIdx.x) % tokens;
     const Index b = static_cast<int>(blockIdx.x) / tokens;
     const int length = length_before(rows, b, tokens);
     if (i == 0) report_rows(rows, mask, b, length, tokens, flags);
@@ -178,7 +183,7 @@ __global__ __launch_bounds__(StepForm<T, dim, Policy::channels, m>::threads, Ste
     block /= static_cast<unsigned>(heads);
     const int row0 = static_cast<int>(block % static_cast<unsigned>(call.row_tiles)) * rows;
     block /= static_cast<unsigned>(call.row_tiles);
-    const int split = static_cast<int>(block % static_cast<unsigned>(call.splits)), b = static_cast<int>(block / static_cast<unsigned>(call.splits));
+    const int split = static_cast<int>(block % static_cast<unsigned>(call.parts.splits)), b = static_cast<int>(block / static_cast<unsigned>(call.parts.splits));
 
     // Row r is query r % group of token r / group. The rows of the block together read [begin, end).
     const int count = min(rows, group * n - row0), first_token = row0 / group, last_token = (row0 + count - 1) / group;
@@ -186,7 +191,7 @@ __global__ __launch_bounds__(StepForm<T, dim, Policy::channels, m>::threads, Ste
     const int begin = length < 0 ? 0 : call.mask.first_key(length + first_token);
     const int end = length < 0 ? 0 : call.mask.end_key(length + last_token, length + n);
     const Index all_tiles = end > begin ? (end - begin + tile - 1) / tile : 0;
-    const int tile0 = static_cast<int>(all_tiles * split / call.splits), tile1 = static_cast<int>(all_tiles * (split + 1) / call.splits);
+    const int tile0 = static_cast<int>(all_tiles * split / call.parts.splits), tile1 = static_cast<int>(all_tiles * (split + 1) / call.parts.splits);
     const int steps = (tile1 - tile0 - warp + warps - 1) / warps;
     const auto first_key = [&](int step) { return begin + (tile0 + warp + step * warps) * tile; };
 
@@ -359,8 +364,8 @@ __global__ __launch_bounds__(StepForm<T, dim, Policy::channels, m>::threads, Ste
 
     // The warps' sums, each relative to the largest of their shifts. A sum of weights of 0 says that there are none.
     __syncthreads();
-    float* const parts = reinterpret_cast<float*>(memory);                                    // (warps, rows, pitch)
-    float2* const of_warps = reinterpret_cast<float2*>(parts + warps * rows * Form::pitch);  // (warps, rows)
+    float* const joined = reinterpret_cast<float*>(memory);                                   // (warps, rows, pitch)
+    float2* const of_warps = reinterpret_cast<float2*>(joined + warps * rows * Form::pitch);  // (warps, rows)
     float2* const of_rows = of_warps + warps * rows;
 #pragma unroll
     for (int i = 0; i < m; ++i)
@@ -392,7 +397,7 @@ __global__ __launch_bounds__(StepForm<T, dim, Policy::channels, m>::threads, Ste
             const float factor = of_warps[warp * rows + r].y == 0.0f ? 0.0f : exp2_of(shift[i][row] - top);
 #pragma unroll
             for (int t = 0; t < dim / 8; ++t)
-                *reinterpret_cast<float2*>(parts + (warp * rows + r) * Form::pitch + 8 * t + 2 * lane.quad) =
+                *reinterpret_cast<float2*>(joined + (warp * rows + r) * Form::pitch + 8 * t + 2 * lane.quad) =
                     float2{sum[i][t][2 * row] * factor, sum[i][t][2 * row + 1] * factor};
         }
     __syncthreads();
@@ -402,61 +407,61 @@ __global__ __launch_bounds__(StepForm<T, dim, Policy::channels, m>::threads, Ste
         const float2 of_row = of_rows[r];
         float x = 0.0f;
 #pragma unroll
-        for (int w = 0; w < warps; ++w) x += parts[(w * rows + r) * Form::pitch + d];
-        if (call.splits == 1) {
+        for (int w = 0; w < warps; ++w) x += joined[(w * rows + r) * Form::pitch + d];
+        if (call.parts.splits == 1) {
             if (d < width) call.out.o(b, token, head, d) = device::store_as<T>(!call.softmax ? x : of_row.y == 0.0f ? 0.0f : x / of_row.y);
             if (d == 0 && call.out.lse) call.out.lse(b, token, head) = of_row.y == 0.0f ? -INFINITY : (of_row.x + log2f(of_row.y)) * float(ln_2);
         } else {
-            const Index part = ((static_cast<Index>(b) * n + token) * call.shape.query_heads + head) * call.splits + split;
-            if (d < width) call.sums[part * call.pitch + d] = x;
-            if (d == 0) call.statistics[part] = of_row;
+            const Index part = ((static_cast<Index>(b) * n + token) * call.shape.query_heads + head) * call.parts.splits + split;
+            if (d < width) call.parts.sums[part * call.parts.pitch + d] = x;
+            if (d == 0) call.parts.statistics[part] = of_row;
         }
     }
 }
 
 /// Joins the parts of a row, a block each.
-template <class T, class Policy>
-__global__ __launch_bounds__(simple_threads) void merge_step_kernel(const __grid_constant__ StepCall<T, Policy> call) {
+template <class T>
+__global__ __launch_bounds__(simple_threads) void merge_step_kernel(const __grid_constant__ Shape s, const StepParts parts, const __grid_constant__ TokensOut<T> out,
+                                                                    const bool softmax) {
     extern __shared__ __align__(128) unsigned char memory[];
-    float4* const parts = reinterpret_cast<float4*>(memory);                  // a column each
-    float* const factors = reinterpret_cast<float*>(parts + simple_threads);  // (splits)
+    float4* const of_teams = reinterpret_cast<float4*>(memory);                  // a thread's columns
+    float* const factors = reinterpret_cast<float*>(of_teams + simple_threads);  // (splits)
     const int thread = static_cast<int>(threadIdx.x);
     device::wait_for_previous_kernel();
     device::let_next_kernel_start();
-    const Index row = blockIdx.x, head = row % call.shape.query_heads, token = row / call.shape.query_heads % call.shape.queries;
-    const Index b = row / call.shape.query_heads / call.shape.queries;
-    const float2* const statistics = call.statistics + row * call.splits;
-    const float* const sums = call.sums + row * call.splits * call.pitch;
+    const Index row = blockIdx.x, head = row % s.query_heads, token = row / s.query_heads % s.queries, b = row / s.query_heads / s.queries;
+    const float2* const statistics = parts.statistics + row * parts.splits;
+    const float* const sums = parts.sums + row * parts.splits * parts.pitch;
     float top = -INFINITY, l = 0.0f;
-    for (int i = thread; i < call.splits; i += simple_threads) top = fmaxf(top, statistics[i].x);
+    for (int i = thread; i < parts.splits; i += simple_threads) top = fmaxf(top, statistics[i].x);
     top = over_block<true>(top);
-    for (int i = thread; i < call.splits; i += simple_threads) {
+    for (int i = thread; i < parts.splits; i += simple_threads) {
         const float2 part = statistics[i];
         factors[i] = part.y == 0.0f ? 0.0f : exp2_of(part.x - top);
         l += part.y == 0.0f ? 0.0f : part.y * factors[i];
     }
     l = over_block<false>(l);  // with barriers that factors need too
-    const float norm = !call.softmax ? 1.0f : l == 0.0f ? 0.0f : 1.0f / l;
-    if (thread == 0 && call.out.lse) call.out.lse(b, token, head) = l == 0.0f ? -INFINITY : (top + log2f(l)) * float(ln_2);
+    const float norm = !softmax ? 1.0f : l == 0.0f ? 0.0f : 1.0f / l;
+    if (thread == 0 && out.lse) out.lse(b, token, head) = l == 0.0f ? -INFINITY : (top + log2f(l)) * float(ln_2);
 
     // Four columns a thread; teams of threads take every so many-th part, and are added up in their order.
-    const int width = static_cast<int>(call.shape.value_dim), columns = call.pitch / 4, teams = simple_threads / columns, team = thread / columns;
+    const int width = static_cast<int>(s.value_dim), columns = parts.pitch / 4, teams = simple_threads / columns, team = thread / columns;
     float4 x{0.0f, 0.0f, 0.0f, 0.0f};
     if (team < teams) {
 #pragma unroll 4
-        for (int i = team; i < call.splits; i += teams) {
+        for (int i = team; i < parts.splits; i += teams) {
             const float factor = factors[i];
             if (factor == 0.0f) continue;  // what lies there may be anything
-            const float4 y = *reinterpret_cast<const float4*>(sums + static_cast<Index>(i) * call.pitch + thread % columns * 4);
+            const float4 y = *reinterpret_cast<const float4*>(sums + static_cast<Index>(i) * parts.pitch + thread % columns * 4);
             x = {fmaf(y.x, factor, x.x), fmaf(y.y, factor, x.y), fmaf(y.z, factor, x.z), fmaf(y.w, factor, x.w)};
         }
-        parts[thread] = x;
+        of_teams[thread] = x;
     }
     __syncthreads();
     for (int d = thread; d < width; d += simple_threads) {
         float y = 0.0f;
-        for (int i = 0; i < teams; ++i) y += reinterpret_cast<const float*>(parts + i * columns)[d];
-        call.out.o(b, token, head, d) = device::store_as<T>(y * norm);
+        for (int i = 0; i < teams; ++i) y += reinterpret_cast<const float*>(of_teams + i * columns)[d];
+        out.o(b, token, head, d) = device::store_as<T>(y * norm);
     }
 }
 
@@ -555,20 +560,19 @@ inline Index multiprocessors() {
     return count;
 }
 
-/// Sums of the parts, where there is more than one.
+/// Where the parts are.
 struct StepWorkspace {
-    Index row_tiles = 0, splits = 1, pitch = 0;
-    float2* statistics = nullptr;
-    float* sums = nullptr;
+    Index row_tiles = 0;
+    StepParts parts;
     /// For tiles of m times 16 rows; 0 is the simple kernel, which needs nothing.
     StepWorkspace(Arena& arena, const Options& options, const Shape& s, int m) {
         if (m == 0) return;
         row_tiles = ceil_div(s.group() * s.queries, 16 * m);
-        splits = step_splits(options, s, s.batch * s.kv_heads * row_tiles, multiprocessors());
-        pitch = ceil_div(s.value_dim > 1 ? s.value_dim : 1, 4) * 4;
-        const Index rows = splits > 1 ? s.batch * s.queries * s.query_heads * splits : 0;
-        statistics = arena.take<float2>(rows);
-        sums = arena.take<float>(rows * pitch);
+        parts.splits = static_cast<int>(step_splits(options, s, s.batch * s.kv_heads * row_tiles, multiprocessors()));
+        parts.pitch = static_cast<int>(ceil_div(s.value_dim > 1 ? s.value_dim : 1, 4) * 4);
+        const Index rows = parts.splits > 1 ? s.batch * s.queries * s.query_heads * parts.splits : 0;
+        parts.statistics = arena.take<float2>(rows);
+        parts.sums = arena.take<float>(rows * parts.pitch);
     }
 };
 
@@ -619,10 +623,7 @@ Status launch_step(const cuda& exec, const Options& options, const Shape& s, con
                                    .wide_v = device::moves_wide(v, s.value_dim),
                                    .policy = policy,
                                    .row_tiles = static_cast<int>(memory.row_tiles),
-                                   .splits = static_cast<int>(memory.splits),
-                                   .statistics = memory.statistics,
-                                   .sums = memory.sums,
-                                   .pitch = static_cast<int>(memory.pitch)};
+                                   .parts = memory.parts};
     const Index queries = s.batch * s.queries * s.query_heads;
     INTERSTATE_RETURN_IF_ERROR(check_blocks(queries));
     const dim3 of_rows(static_cast<unsigned>(queries));
@@ -630,13 +631,14 @@ Status launch_step(const cuda& exec, const Options& options, const Shape& s, con
         return launch(exec, "attention.cuda.step.simple", simple_step_kernel<T, Policy>, {of_rows, dim3(simple_threads), 0, true}, call);
     } else {
         using Form = StepForm<T, dim, Policy::channels, m>;
-        const Index blocks = queries > 0 ? s.batch * s.kv_heads * memory.row_tiles * memory.splits : 0;
+        const Index blocks = queries > 0 ? s.batch * s.kv_heads * memory.row_tiles * memory.parts.splits : 0;
         INTERSTATE_RETURN_IF_ERROR(check_blocks(blocks));
         INTERSTATE_RETURN_IF_ERROR(launch(exec, "attention.cuda.step.split", split_step_kernel<T, dim, m, Policy>,
                                           {dim3(static_cast<unsigned>(blocks)), dim3(Form::threads), Form::shared, true}, call));
-        if (memory.splits == 1) return {};
-        return launch(exec, "attention.cuda.step merge", merge_step_kernel<T, Policy>,
-                      {of_rows, dim3(simple_threads), simple_threads * sizeof(float4) + static_cast<std::size_t>(memory.splits) * sizeof(float), true}, call);
+        if (memory.parts.splits == 1) return {};
+        return launch(exec, "attention.cuda.step merge", merge_step_kernel<T>,
+                      {of_rows, dim3(simple_threads), simple_threads * sizeof(float4) + static_cast<std::size_t>(memory.parts.splits) * sizeof(float), true},
+                      s, memory.parts, out, call.softmax);
     }
 }
 
@@ -647,7 +649,8 @@ Status run_step(const cuda& exec, const Options& options, const State<T>& state,
     INTERSTATE_RETURN_IF_ERROR(check_blocks(s.batch * s.queries));
     INTERSTATE_RETURN_IF_ERROR(launch(exec, "attention.cuda.step write", write_tokens_kernel<T>,
                                       {dim3(static_cast<unsigned>(s.batch * s.queries)), dim3(256), 0, true}, rows,
-                                      Mask{options.causal, static_cast<int>(options.window < s.keys ? options.window : s.keys)}, tokens.k, tokens.v,
+                                      Mask{options.causal, static_cast<int>(options.window < s.keys ? options.window : s.keys)},
+                                      static_cast<int>(s.queries), tokens.k, tokens.v,
                                       state.k, state.v, device::moves_wide(tokens.k, s.head_dim) && device::moves_wide(state.k, s.head_dim),
                                       device::moves_wide(tokens.v, s.value_dim) && device::moves_wide(state.v, s.value_dim), exec.flags));
     return dispatch_step<T, 0>(s, [&](auto dim, auto m) {
