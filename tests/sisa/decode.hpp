@@ -180,10 +180,16 @@ Status run_step(const Exec& exec, SisaDecode<T>& c) {
     return step(exec, c.options, c.params(on_host), state, tokens, c.out(on_host), Workspace{memory.data(), memory.size()});
 }
 
-/// o of the plain formula with operands of products rounded to T (rotated channels, weights), all else exact: what the 16-bit rule
+/// Results of a step, or how far they may be off.
+template <class Number>
+struct StepResults {
+    Number o, lse;
+};
+
+/// The plain formula with operands of products rounded to T (rotated channels, weights), all else exact: what the 16-bit rule
 /// compares with. Of a case after its step.
 template <class T>
-std::vector<double> rounded_step(SisaDecode<double>& c) {
+StepResults<std::vector<double>> rounded_step(SisaDecode<double>& c) {
     const SisaDecodeSizes& s = c.sizes;
     const auto operand = [](double x) { return static_cast<double>(T(x)); };
     const auto size = [](Index n) { return static_cast<std::size_t>(n); };
@@ -192,7 +198,7 @@ std::vector<double> rounded_step(SisaDecode<double>& c) {
     const attention::Options plain = sisa::attention_of(c.options);
     const double scale = attention::scale_of(plain, s.head_dim);
     const Index pairs = s.state_dim / 2;
-    std::vector<double> o(c.o.size(), 0.0);
+    std::vector<double> o(c.o.size(), 0.0), lse(c.lse.size(), 0.0);
     for (Index b = 0; b < c.batch(); ++b)
         for (Index i = 0; i < s.tokens; ++i)
             for (Index h = 0; h < s.query_heads; ++h) {
@@ -221,21 +227,25 @@ std::vector<double> rounded_step(SisaDecode<double>& c) {
                     x = c.softmax() ? std::exp(x - largest) : 1.0 / (1.0 + std::exp(-x - (s.bias ? c.bias[size(h)] : c.options.bias)));
                     sum += x;
                 }
+                lse[size(row)] = largest + std::log(sum);
                 for (Index j = read.begin; j < read.end; ++j) {
                     const attention::CacheRows::Place key = rows.place(b, j);
                     for (Index d = 0; d < s.value_dim; ++d)
                         o[size(row * s.value_dim + d)] += operand(c.softmax() ? p[size(j)] / sum : p[size(j)]) * state.v(key.batch, key.row, kv, d);
                 }
             }
-    return o;
+    return {o, lse};
 }
-/// The 16-bit rule for o of a step whose truth is `c`; 1e-5 of float32 and 1e-12 of float64.
+/// The 16-bit rule for a step whose truth is `c` (lse is float); 1e-5 of float32 and 1e-12 of float64.
 template <class T>
-double bound_of_step(SisaDecode<double>& c) {
-    if (sizeof(T) > 2) return sizeof(T) == 8 ? 1e-12 : 1e-5;
+StepResults<double> bounds_of_step(SisaDecode<double>& c) {
+    if (sizeof(T) == 8) return {1e-12, 1e-12};
+    if (sizeof(T) == 4) return {1e-5, 1e-5};
     std::vector<double> rounded;
     for (const double x : c.o) rounded.push_back(static_cast<double>(T(x)));
-    return 2.0 * relative_error(rounded_step<T>(c), c.o) + relative_error(rounded, c.o) + 1e-5;
+    const auto formula = rounded_step<T>(c);
+    return {2.0 * relative_error(formula.o, c.o) + relative_error(rounded, c.o) + 1e-5,
+            (c.softmax() ? 2.0 * relative_error(formula.lse, c.lse) : 0.0) + 1e-5};
 }
 
 inline std::vector<SisaDecodeSizes> every_sisa_cache(Index tokens) {

@@ -413,7 +413,7 @@ __global__ __launch_bounds__(StepForm<T, dim, Policy::channels, m>::threads, Ste
             if (d == 0 && call.out.lse) call.out.lse(b, token, head) = of_row.y == 0.0f ? -INFINITY : (of_row.x + log2f(of_row.y)) * float(ln_2);
         } else {
             const Index part = ((static_cast<Index>(b) * n + token) * call.shape.query_heads + head) * call.parts.splits + split;
-            if (d < width) call.parts.sums[part * call.parts.pitch + d] = x;
+            if (d < call.parts.pitch) call.parts.sums[part * call.parts.pitch + d] = x;
             if (d == 0) call.parts.statistics[part] = of_row;
         }
     }
