@@ -96,7 +96,8 @@ template <class T, class P>
 Status append(const cuda& exec, const Options& options, const State<T>& state, const Keys<T, P>& keys) {
     INTERSTATE_RETURN_IF_ERROR(validate(options, state, keys));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
-    return detail::run_append(exec, reads_nothing, shape_of(state, keys), state, keys, View<const T, 4>{}, View<const P, 1>{}, detail::StepQueries<T>{});
+    return detail::run_append(exec, reads_nothing, shape_of(state, keys), state, keys, View<const T, 4>{}, View<const P, 1>{},
+                              detail::StepQueries<T>{});
 }
 
 /// n tokens for every batch row, as on the CPU. Lengths and block table are read on the device alone, as by attention's step; the
@@ -107,7 +108,8 @@ Status step(const cuda& exec, const Options& options, const Params<P>& params, c
     INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, tokens, out));
     const Shape s = shape_of(state, tokens);
     if (s.state_dim == 0)
-        return step(exec, attention_of(options), attention::Params{}, attention_of(state), attention_of(tokens), attention::TokensOut<T>{out.o, out.lse}, ws);
+        return step(exec, attention_of(options), attention::Params{}, attention_of(state), attention_of(tokens),
+                    attention::TokensOut<T>{out.o, out.lse}, ws);
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     return detail::run_step(exec, options, params, state, tokens, out, ws);

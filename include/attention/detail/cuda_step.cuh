@@ -9,6 +9,7 @@
 // What is added in which order follows from shapes and lengths alone. Equations: docs/ops/attention.md.
 #pragma once
 
+#include <attention/detail/cuda_forward.cuh>
 #include <attention/detail/cuda_simple.cuh>
 #include <interstate/dispatch.hpp>
 #include <interstate/workspace.hpp>
@@ -183,7 +184,8 @@ __global__ __launch_bounds__(StepForm<T, dim, Policy::channels, m>::threads, Ste
     block /= static_cast<unsigned>(heads);
     const int row0 = static_cast<int>(block % static_cast<unsigned>(call.row_tiles)) * rows;
     block /= static_cast<unsigned>(call.row_tiles);
-    const int split = static_cast<int>(block % static_cast<unsigned>(call.parts.splits)), b = static_cast<int>(block / static_cast<unsigned>(call.parts.splits));
+    const int split = static_cast<int>(block % static_cast<unsigned>(call.parts.splits));
+    const int b = static_cast<int>(block / static_cast<unsigned>(call.parts.splits));
 
     // Row r is query r % group of token r / group. The rows of the block together read [begin, end).
     const int count = min(rows, group * n - row0), first_token = row0 / group, last_token = (row0 + count - 1) / group;
@@ -421,8 +423,8 @@ __global__ __launch_bounds__(StepForm<T, dim, Policy::channels, m>::threads, Ste
 
 /// Joins the parts of a row, a block each.
 template <class T>
-__global__ __launch_bounds__(simple_threads) void merge_step_kernel(const __grid_constant__ Shape s, const StepParts parts, const __grid_constant__ TokensOut<T> out,
-                                                                    const bool softmax) {
+__global__ __launch_bounds__(simple_threads) void merge_step_kernel(const __grid_constant__ Shape s, const StepParts parts,
+                                                                    const __grid_constant__ TokensOut<T> out, const bool softmax) {
     extern __shared__ __align__(128) unsigned char memory[];
     float4* const of_teams = reinterpret_cast<float4*>(memory);                  // a thread's columns
     float* const factors = reinterpret_cast<float*>(of_teams + simple_threads);  // (splits)

@@ -74,7 +74,8 @@ __global__ __launch_bounds__(append_threads) void append_kernel(const __grid_con
             double sum = length + first > 0 ? last : 0.0;
 #pragma unroll 4
             for (int t = 0; t < count; ++t) {
-                double x = column == 0 ? static_cast<double>(p.keys.log_alpha(b, first + t, kv)) : static_cast<double>(p.keys.theta(b, first + t, kv, column - 1));
+                double x = column == 0 ? static_cast<double>(p.keys.log_alpha(b, first + t, kv))
+                                       : static_cast<double>(p.keys.theta(b, first + t, kv, column - 1));
                 if (column == 0 && x <= hard_reset) x = hard_reset;
                 sum += x;
                 sums[t * columns + column] = sum;
@@ -92,7 +93,8 @@ __global__ __launch_bounds__(append_threads) void append_kernel(const __grid_con
         for (int e = thread; e < count * pairs; e += append_threads) {
             const int t = e / pairs, n = e % pairs;
             if (!attention::detail::find_cached(p.rows, b, length + first + t, at)) continue;
-            turn_channels(p.keys.B, b, first + t, kv, n, sums[t * columns + 1 + n], p.state.B(at.batch, at.row, kv, 2 * n), p.state.B(at.batch, at.row, kv, 2 * n + 1));
+            turn_channels(p.keys.B, b, first + t, kv, n, sums[t * columns + 1 + n], p.state.B(at.batch, at.row, kv, 2 * n),
+                          p.state.B(at.batch, at.row, kv, 2 * n + 1));
         }
         if (p.queries.c) {
             const int stored = static_cast<int>(p.queries.c.extent[3]) / 2;
@@ -188,8 +190,8 @@ Status run_step(const cuda& exec, const Options& options, const Params<P>& param
                                                   .g_new = queries.g,
                                                   .strength = queries.strength,
                                                   .wide_b = device::moves_wide(state.B, s.state_dim)};
-        return a::launch_step<T, dim, m>(exec, plain, attention_of(s), attention::cache_rows(state), View<const T, 4>(state.k), View<const T, 4>(state.v),
-                                         attention_of(tokens), attention::TokensOut<T>{out.o, out.lse}, arena, policy);
+        return a::launch_step<T, dim, m>(exec, plain, attention_of(s), attention::cache_rows(state), View<const T, 4>(state.k),
+                                         View<const T, 4>(state.v), attention_of(tokens), attention::TokensOut<T>{out.o, out.lse}, arena, policy);
     });
 }
 
