@@ -151,6 +151,25 @@ double milliseconds(F&& f) {
     return times[times.size() / 2];
 }
 
+/// Median milliseconds of what record(exec) puts on a stream, captured in a CUDA graph.
+template <class Record>
+double graph_milliseconds(Record&& record) {
+    cudaStream_t stream;
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+    record(cuda{stream});
+    check(cudaStreamEndCapture(stream, &graph), "capture");
+    check(cudaGraphInstantiate(&executable, graph, 0), "graph");
+    // Launched on the stream that the events are recorded on.
+    const double ms = milliseconds([&] { check(cudaGraphLaunch(executable, nullptr), "graph"); });
+    check(cudaGraphExecDestroy(executable), "graph");
+    check(cudaGraphDestroy(graph), "graph");
+    check(cudaStreamDestroy(stream), "stream");
+    return ms;
+}
+
 /// GB/s of a large device-to-device copy, bytes read plus bytes written: this run's memory ceiling.
 inline double copy_gbps() {
     const std::size_t bytes = std::size_t{1} << 30;

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include <attention/detail/cuda_calls.cuh>
+#include <attention/detail/cuda_step.cuh>
 #include <attention/params.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -16,8 +17,10 @@ inline namespace INTERSTATE_KERNELS {
 /// o and lse are all that backward needs.
 inline std::size_t saved_size(const cuda&, const Options&, const Shape&) { return 0; }
 
-/// Bytes of scratch memory for a pass: none for forward; backward wants two accumulators for each row of queries.
+/// Bytes of scratch memory for a pass: none for forward; backward wants two accumulators for each row of queries, step sums for
+/// each part that the current device's multiprocessors take of a cache.
 inline std::size_t workspace_size(const cuda&, const Options& options, const Shape& s, pass which) {
+    if (which == pass::step) return detail::step_workspace_size(options, s);
     if (which != pass::backward) return 0;
     Arena arena;
     if (s.dtype == DType::f64)
@@ -81,6 +84,40 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T>& in, c
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.k, in.cu_seqlens));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, grads.v, in.cu_seqlens));
     return detail::run_key_gradient(exec, options, in, upstream, memory, grads, policy);
+}
+
+/// The kernel of a step, on the current device.
+template <class T, class AnyTokens>
+KernelChoice which_step_kernel(const cuda&, const Options&, const State<T>& state, const AnyTokens& tokens) {
+    const Shape s = shape_of(state, tokens);
+    if (s.dtype == DType::f64) return {"attention.cuda.step.simple", "float64: no tensor cores, a row at a time"};
+    if (s.head_dim > 256 || s.value_dim > 256)
+        return {"attention.cuda.step.simple", "heads of more than 256 columns: no tensor cores, a row at a time"};
+    bool fits = false;
+    (void)detail::dispatch_step<T, 0>(s, [&](auto dim, auto) { return fits = dim > 0, Status{}; });
+    if (!fits) return {"attention.cuda.step.simple", "a block of this device has too little shared memory: a row at a time"};
+    if (!device::moves_wide(state.k, s.head_dim) || !device::moves_wide(state.v, s.value_dim))
+        return {"attention.cuda.step.split", "rows of the cache in single elements: not contiguous, or not aligned to 16 bytes"};
+    return {"attention.cuda.step.split", "tensor cores, the cache split over the device and read once, 16 bytes at a time"};
+}
+
+/// n tokens for every batch row, as on the CPU. Lengths and block table are read on the device alone, so that a graph of this call can be
+/// replayed at any length: a sequence without room is left alone, its o is 0 and its lse -inf; rows on pages that are none of the
+/// cache's are not written, and read as zeros; both are reported in exec.flags.
+template <class T>
+Status step(const cuda& exec, const Options& options, const Params&, const State<T>& state, const Tokens<T>& tokens, const TokensOut<T>& out,
+            Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, state, tokens, out));
+    const Shape s = shape_of(state, tokens);
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
+    INTERSTATE_RETURN_IF_ERROR(pending_status());
+    return detail::run_step(exec, options, state, tokens, out, ws);
+}
+template <class T>
+Status step(const cuda& exec, const Options& options, const Params& params, const State<T>& state, const Token<T>& token, const TokenOut<T>& out,
+            Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, state, token, out));
+    return step(exec, options, params, state, tokens_of(token), tokens_of(out), ws);
 }
 
 }  // namespace INTERSTATE_KERNELS

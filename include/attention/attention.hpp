@@ -80,21 +80,30 @@ Status backward(const cpu& requested, const Options& options, const Inputs<T>& i
     return {};
 }
 
-/// Decodes one token for every batch row: writes k (B, Hkv, dh) and v (B, Hkv, dv) at row state.length of
-/// the cache (B, capacity, Hkv, .), and o (B, Hq, dv) as the last row of forward over length + 1 keys
-/// would be. The caller then adds one to state.length. Rows of the cache from length + 1 on are not
-/// read. Errors as in forward, and invalid_argument when the cache is full.
+/// Decodes n tokens for every batch row: writes k (B, n, Hkv, dh) and v (B, n, Hkv, dv) at rows length, length + 1, ... of the
+/// cache (B, capacity, Hkv, .), or (pages, page_size, Hkv, .) with a block table, and o (B, n, Hq, dv) and optionally lse
+/// (B, n, Hq) as the last n rows of forward over length + n keys would be. The caller then counts the tokens. Rows of the cache
+/// from length + n on are not read. Errors as in forward, and invalid_argument where the cache has no room, or a length or a page is
+/// out of range.
 template <class T>
 Status step(const cpu& requested, const Options& options, const Params&, const State<T>& state,
-            const Token<T>& token, const TokenOut<T>& out, Workspace ws) {
+            const Tokens<T>& tokens, const TokensOut<T>& out, Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
-    INTERSTATE_RETURN_IF_ERROR(validate(options, state, token, out));
-    const Shape shape = shape_of(state, token);
+    INTERSTATE_RETURN_IF_ERROR(validate(options, state, tokens, out));
+    const Shape shape = shape_of(state, tokens);
+    INTERSTATE_RETURN_IF_ERROR(check_rows(options, state, shape.batch, shape.queries));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::step)));
-    detail::cached_step(exec, options, state, token, out, ws);
+    detail::cached_step(exec, options, state, tokens, out, ws);
     return {};
+}
+/// One token: q (B, Hq, dh), k (B, Hkv, dh), v (B, Hkv, dv), o (B, Hq, dv), lse (B, Hq).
+template <class T>
+Status step(const cpu& exec, const Options& options, const Params& params, const State<T>& state,
+            const Token<T>& token, const TokenOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, state, token, out));
+    return step(exec, options, params, state, tokens_of(token), tokens_of(out), ws);
 }
 
 }  // namespace attention

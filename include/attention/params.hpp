@@ -105,14 +105,18 @@ struct Grads {
 /// Attention has no parameters of its own; `step` takes this so that every operator is called alike.
 struct Params {};
 
-/// Decoding against a contiguous cache: `step` writes the token's key and value at row `length` and
-/// the caller then counts it (state.length is the number of rows before the token).
+/// Decoding: the cache that `step` adds the keys and values of new tokens to and reads, a sequence for each batch row. Row r of
+/// sequence b is row r of batch row b, or, paged, row r % page_size of page block_table(b, r / page_size). Sequences may
+/// share pages that they only read. The caller counts the tokens of a step when it is done.
 template <class T>
 struct State {
-    View<T, 4> k{};      // (B, capacity, Hkv, dh)
-    View<T, 4> v{};      // (B, capacity, Hkv, dv)
-    Index length = 0;    // tokens already in the cache
+    View<T, 4> k{};                             // (B, capacity, Hkv, dh); paged: (pages, page_size, Hkv, dh)
+    View<T, 4> v{};                             // (B, capacity, Hkv, dv); paged: (pages, page_size, Hkv, dv)
+    Index length = 0;                           // tokens already in the cache, of every sequence
+    View<const std::int32_t, 1> lengths{};      // (B), optional: of each sequence; `length` is then not read
+    View<const std::int32_t, 2> block_table{};  // (B, pages of a sequence), optional: the cache is paged
 };
+/// One token for each batch row.
 template <class T>
 struct Token {
     View<const T, 3> q{};            // (B, Hq, dh)
@@ -122,8 +126,61 @@ struct Token {
 };
 template <class T>
 struct TokenOut {
-    View<T, 3> o{};  // (B, Hq, dv)
+    View<T, 3> o{};           // (B, Hq, dv)
+    View<acc_t<T>, 2> lse{};  // (B, Hq), optional, softmax only
 };
+/// n tokens for each batch row, at rows length, length + 1, ...
+template <class T>
+struct Tokens {
+    View<const T, 4> q{};            // (B, n, Hq, dh)
+    View<const T, 4> k{};            // (B, n, Hkv, dh)
+    View<const T, 4> v{};            // (B, n, Hkv, dv)
+    View<const acc_t<T>, 1> bias{};  // (Hq), sigmoid only, optional
+};
+template <class T>
+struct TokensOut {
+    View<T, 4> o{};           // (B, n, Hq, dv)
+    View<acc_t<T>, 3> lse{};  // (B, n, Hq), optional, softmax only
+};
+template <class T>
+constexpr Tokens<T> tokens_of(const Token<T>& x) {
+    return {as_sequences(x.q), as_sequences(x.k), as_sequences(x.v), x.bias};
+}
+template <class T>
+constexpr TokensOut<T> tokens_of(const TokenOut<T>& x) {
+    return {as_sequences(x.o), as_sequences(x.lse)};
+}
+
+/// Where the rows of a cache lie, of this operator's State or of a guest's.
+struct CacheRows {
+    struct Place {
+        Index batch, row;  // indices of the views
+    };
+    View<const std::int32_t, 1> lengths;
+    View<const std::int32_t, 2> block_table;
+    Index length = 0, capacity = 0, page_size = 0, pages = 0;
+
+    INTERSTATE_HD constexpr Index length_of(Index b) const { return lengths ? lengths(b) : length; }
+    /// Whether a sequence of this length has room for more tokens.
+    INTERSTATE_HD constexpr bool has_room(Index tokens_there, Index tokens) const {
+        return tokens_there >= 0 && tokens_there <= capacity - tokens;
+    }
+    INTERSTATE_HD constexpr bool has_page(Index page) const { return page >= 0 && page < pages; }
+    INTERSTATE_HD constexpr Place place(Index b, Index row) const {
+        if (!block_table) return {b, row};
+        const auto r = static_cast<std::uint32_t>(row), size = static_cast<std::uint32_t>(page_size);
+        return {block_table(b, r / size), r % size};
+    }
+    /// How many rows from `row` on follow each other in memory.
+    constexpr Index run_at(Index row) const { return block_table ? page_size - row % page_size : capacity - row; }
+};
+template <class AnyState>
+constexpr CacheRows cache_rows(const AnyState& state) {
+    CacheRows rows{state.lengths, state.block_table, state.length, state.k.extent[1], state.k.extent[1], state.k.extent[0]};
+    if (state.block_table && __builtin_mul_overflow(state.block_table.extent[1], rows.page_size, &rows.capacity))
+        rows.capacity = std::numeric_limits<Index>::max();  // which no size check lets pass
+    return rows;
+}
 
 /// Walks the named tensors of a struct with the extents each must have: f(name, view, extents, need).
 template <class T, class F>
@@ -246,37 +303,107 @@ Status validate(const Options& options, const Inputs<T>& in, const Outputs<T>& o
     return check_tensors(grads, shape, "grad.");
 }
 
-/// Sizes of one decoding step: one query against `capacity` keys.
+template <class T, class F>
+void visit(Token<T>& x, const Shape& s, F&& f) {
+    f("q", x.q, {s.batch, s.query_heads, s.head_dim}, Need::required);
+    f("k", x.k, {s.batch, s.kv_heads, s.head_dim}, Need::required);
+    f("v", x.v, {s.batch, s.kv_heads, s.value_dim}, Need::required);
+    f("bias", x.bias, {s.query_heads}, Need::optional);
+}
+template <class T, class F>
+void visit(Tokens<T>& x, const Shape& s, F&& f) {
+    f("q", x.q, {s.batch, s.queries, s.query_heads, s.head_dim}, Need::required);
+    f("k", x.k, {s.batch, s.queries, s.kv_heads, s.head_dim}, Need::required);
+    f("v", x.v, {s.batch, s.queries, s.kv_heads, s.value_dim}, Need::required);
+    f("bias", x.bias, {s.query_heads}, Need::optional);
+}
+template <class T, class F>
+void visit(TokenOut<T>& out, const Shape& s, F&& f) {
+    f("o", out.o, {s.batch, s.query_heads, s.value_dim}, Need::required);
+    f("lse", out.lse, {s.batch, s.query_heads}, Need::optional);
+}
+template <class T, class F>
+void visit(TokensOut<T>& out, const Shape& s, F&& f) {
+    f("o", out.o, {s.batch, s.queries, s.query_heads, s.value_dim}, Need::required);
+    f("lse", out.lse, {s.batch, s.queries, s.query_heads}, Need::optional);
+}
+
+/// Sizes of a decoding step: n queries against `capacity` keys.
 template <class T>
-Shape shape_of(const State<T>& state, const Token<T>& token) {
+Shape shape_of(const State<T>& state, const Tokens<T>& tokens) {
     return {.dtype = dtype_of<T>,
-            .batch = token.q.extent[0],
-            .queries = 1,
-            .keys = state.k.extent[1],
-            .query_heads = token.q.extent[1],
-            .kv_heads = token.k.extent[1],
-            .head_dim = token.q.extent[2],
-            .value_dim = token.v.extent[2]};
+            .batch = tokens.q.extent[0],
+            .queries = tokens.q.extent[1],
+            .keys = cache_rows(state).capacity,
+            .query_heads = tokens.q.extent[2],
+            .kv_heads = tokens.k.extent[2],
+            .head_dim = tokens.q.extent[3],
+            .value_dim = tokens.v.extent[3]};
 }
 template <class T>
-Status validate(const Options& options, const State<T>& state, const Token<T>& token, const TokenOut<T>& out) {
-    const Shape s = shape_of(state, token);
-    if (state.length < 0 || state.length >= s.keys)
+Shape shape_of(const State<T>& state, const Token<T>& token) {
+    return shape_of(state, tokens_of(token));
+}
+
+/// What can be said of a cache without reading lengths and block table, which may be on a device.
+template <class AnyState>
+Status check_cache(const AnyState& state, Index batch, Index tokens) {
+    INTERSTATE_RETURN_IF_ERROR(check_size("q: length", tokens));
+    if (state.block_table) {
+        INTERSTATE_RETURN_IF_ERROR(check_size("state.block_table: pages of a sequence", state.block_table.extent[1]));
+        INTERSTATE_RETURN_IF_ERROR(check_size("state.k: pages", state.k.extent[0]));
+        INTERSTATE_RETURN_IF_ERROR(check_size("state.k: rows of a page", state.k.extent[1]));
+    }
+    const CacheRows rows = cache_rows(state);
+    INTERSTATE_RETURN_IF_ERROR(check_size("state.k: rows of a sequence", rows.capacity));
+    if (!state.lengths && !rows.has_room(state.length, tokens))
         return Status::error(StatusCode::invalid_argument,
-                             "state.length is %lld, must be at least 0 and below the %lld rows of the cache",
-                             static_cast<long long>(state.length), static_cast<long long>(s.keys));
+                             "state.length is %lld, must be at least 0 and leave %lld of the %lld rows of the cache",
+                             static_cast<long long>(state.length), static_cast<long long>(tokens),
+                             static_cast<long long>(rows.capacity));
+    INTERSTATE_RETURN_IF_ERROR(check_view("state.lengths", state.lengths, {batch}, Need::optional));
+    return check_view("state.block_table", state.block_table, {batch, state.block_table.extent[1]}, Need::optional);
+}
+/// The rest, on the host: lengths, and the pages of the rows that are read or written.
+template <class AnyState>
+Status check_rows(const Options& options, const AnyState& state, Index batch, Index tokens) {
+    const CacheRows rows = cache_rows(state);
+    for (Index b = 0; b < batch && tokens > 0; ++b) {
+        const Index length = rows.length_of(b);
+        if (!rows.has_room(length, tokens))
+            return Status::error(StatusCode::invalid_argument,
+                                 "state.lengths: element %lld is %lld, must be at least 0 and leave %lld of the %lld rows of the cache",
+                                 static_cast<long long>(b), static_cast<long long>(length), static_cast<long long>(tokens),
+                                 static_cast<long long>(rows.capacity));
+        if (!state.block_table) continue;
+        const Index first = keys_read(options, length, length + tokens).begin / rows.page_size;
+        for (Index i = first; i <= (length + tokens - 1) / rows.page_size; ++i)
+            if (const Index page = state.block_table(b, i); !rows.has_page(page))
+                return Status::error(StatusCode::invalid_argument,
+                                     "state.block_table: element (%lld, %lld) is %lld, must be at least 0 and below the %lld pages of the cache",
+                                     static_cast<long long>(b), static_cast<long long>(i), static_cast<long long>(page),
+                                     static_cast<long long>(rows.pages));
+    }
+    return {};
+}
+
+/// A step of one token (Token and TokenOut) or of n of them (Tokens and TokensOut).
+template <class T, class AnyTokens, class AnyOut>
+Status validate(const Options& options, const State<T>& state, const AnyTokens& tokens, const AnyOut& out) {
+    const Shape s = shape_of(state, tokens);
+    INTERSTATE_RETURN_IF_ERROR(check_cache(state, s.batch, s.queries));
     INTERSTATE_RETURN_IF_ERROR(validate(options, s));
-    if (token.bias && options.score != Score::sigmoid)
+    if (tokens.bias && options.score != Score::sigmoid)
         return Status::error(StatusCode::invalid_argument, "bias: must be null with score = softmax, which has none");
+    if (out.lse && options.score == Score::sigmoid)
+        return Status::error(StatusCode::invalid_argument, "lse: must be null with score = sigmoid, which has none");
+    INTERSTATE_RETURN_IF_ERROR(check_tensors(tokens, s));
     CheckTensors check;
-    check("q", token.q, {s.batch, s.query_heads, s.head_dim}, Need::required);
-    check("k", token.k, {s.batch, s.kv_heads, s.head_dim}, Need::required);
-    check("v", token.v, {s.batch, s.kv_heads, s.value_dim}, Need::required);
-    check("bias", token.bias, {s.query_heads}, Need::optional);
-    check("state.k", state.k, {s.batch, s.keys, s.kv_heads, s.head_dim}, Need::required);
-    check("state.v", state.v, {s.batch, s.keys, s.kv_heads, s.value_dim}, Need::required);
-    check("o", out.o, {s.batch, s.query_heads, s.value_dim}, Need::required);
-    return check.status;
+    const Index batch = state.block_table ? state.k.extent[0] : s.batch, rows = state.k.extent[1];
+    check("state.k", state.k, {batch, rows, s.kv_heads, s.head_dim}, Need::required);
+    check("state.v", state.v, {batch, rows, s.kv_heads, s.value_dim}, Need::required);
+    INTERSTATE_RETURN_IF_ERROR(check.status);
+    return check_tensors(out, s);
 }
 
 /// How verify, replay and the golden cases reach the operator. Attention has no parameters beside

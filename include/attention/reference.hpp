@@ -208,37 +208,60 @@ Status backward(reference exec, const Options& options, const Inputs<T>& in, con
     return {};
 }
 
-/// One token against the cache: the last row of `forward` over state.length + 1 keys.
+/// New tokens against the cache: the last n rows of `forward` over length + n keys.
 template <class T>
 Status step(reference exec, const Options& options, const Params&, const State<T>& state,
-            const Token<T>& token, const TokenOut<T>& out, Workspace ws) {
-    INTERSTATE_RETURN_IF_ERROR(validate(options, state, token, out));
-    const Shape s = shape_of(state, token);
+            const Tokens<T>& tokens, const TokensOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, state, tokens, out));
+    const Shape s = shape_of(state, tokens);
+    INTERSTATE_RETURN_IF_ERROR(check_rows(options, state, s.batch, s.queries));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
     Arena arena(ws.data);
     const detail::ReferenceScratch scratch(arena, s, pass::step);
-    const Index length = state.length;
+    const CacheRows rows = cache_rows(state);
+    const double scale = scale_of(options, s.head_dim);
+    double* const p = scratch.p;
     for (Index b = 0; b < s.batch; ++b)
-        for (Index h = 0; h < s.kv_heads; ++h) {
-            for (Index d = 0; d < s.head_dim; ++d) state.k(b, length, h, d) = token.k(b, h, d);
-            for (Index d = 0; d < s.value_dim; ++d) state.v(b, length, h, d) = token.v(b, h, d);
-        }
-
-    // The token as a sequence of one query, whose place is that of the last key.
-    const Inputs<T> in{.q = as_sequences(token.q), .k = state.k, .v = state.v, .bias = token.bias};
-    const RowRange read = keys_read(options, length, length + 1);  // eq. 5
-    for (Index b = 0; b < s.batch; ++b)
-        for (Index h = 0; h < s.query_heads; ++h) {
-            (void)detail::reference_row(options, in, s, b, h, 0, 0, read, scratch.p);
-            for (Index d = 0; d < s.value_dim; ++d) {
-                double o = 0.0;
-                for (Index j = read.begin; j < read.end; ++j)
-                    o += scratch.p[j] * static_cast<double>(state.v(b, j, h / s.group(), d));  // eq. 4
-                out.o(b, h, d) = static_cast<T>(o);
+        for (Index i = 0; i < s.queries; ++i) {
+            const CacheRows::Place at = rows.place(b, rows.length_of(b) + i);
+            for (Index h = 0; h < s.kv_heads; ++h) {
+                for (Index d = 0; d < s.head_dim; ++d) state.k(at.batch, at.row, h, d) = tokens.k(b, i, h, d);
+                for (Index d = 0; d < s.value_dim; ++d) state.v(at.batch, at.row, h, d) = tokens.v(b, i, h, d);
             }
         }
+
+    for (Index b = 0; b < s.batch; ++b)
+        for (Index i = 0; i < s.queries; ++i)
+            for (Index h = 0; h < s.query_heads; ++h) {
+                const Index kv = h / s.group(), length = rows.length_of(b);
+                const RowRange read = keys_read(options, length + i, length + s.queries);  // eq. 5
+                for (Index j = read.begin; j < read.end; ++j) {
+                    const CacheRows::Place at = rows.place(b, j);
+                    double dot = 0.0;
+                    for (Index d = 0; d < s.head_dim; ++d)
+                        dot += static_cast<double>(tokens.q(b, i, h, d)) * static_cast<double>(state.k(at.batch, at.row, kv, d));
+                    p[j] = scale * dot;  // eq. 1
+                }
+                const double lse =
+                    detail::reference_weights(options, detail::reference_bias(options, tokens.bias, h), read, p);
+                for (Index d = 0; d < s.value_dim; ++d) {
+                    double o = 0.0;
+                    for (Index j = read.begin; j < read.end; ++j) {
+                        const CacheRows::Place at = rows.place(b, j);
+                        o += p[j] * static_cast<double>(state.v(at.batch, at.row, kv, d));  // eq. 4
+                    }
+                    out.o(b, i, h, d) = static_cast<T>(o);
+                }
+                if (out.lse) out.lse(b, i, h) = static_cast<acc_t<T>>(lse);
+            }
     return {};
+}
+template <class T>
+Status step(reference exec, const Options& options, const Params& params, const State<T>& state,
+            const Token<T>& token, const TokenOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, state, token, out));
+    return step(exec, options, params, state, tokens_of(token), tokens_of(out), ws);
 }
 
 }  // namespace attention

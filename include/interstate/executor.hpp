@@ -32,14 +32,16 @@ struct cpu {
     Isa isa = Isa::automatic;
 };
 
-/// One NVIDIA GPU, asynchronously on a stream. `flags` (device memory, optional) is where kernels
-/// report what only they can see: bit 0 is set when cu_seqlens decreases or leaves its range.
+/// One NVIDIA GPU, asynchronously on a stream. `flags` (device memory, optional) is where kernels report what only they
+/// can see, each in a bit of its own (below) that is set and never cleared.
 struct cuda {
     CUstream_st* stream = nullptr;
     std::uint32_t* flags = nullptr;
 };
 
-inline constexpr std::uint32_t flag_bad_cu_seqlens = 1u;
+inline constexpr std::uint32_t flag_bad_cu_seqlens = 1u;   // cu_seqlens decreases or leaves its range
+inline constexpr std::uint32_t flag_bad_lengths = 2u;      // lengths of a cache: negative, or without room for the new tokens
+inline constexpr std::uint32_t flag_bad_block_table = 4u;  // a page that is read or written is none of the cache's
 
 /// Which pass a workspace is for.
 enum class pass : std::uint8_t { forward, backward, step };

@@ -92,6 +92,11 @@ template <class T>
 constexpr View<T, 4> as_sequences(const View<T, 3>& x) {
     return {x.data, {x.extent[0], 1, x.extent[1], x.extent[2]}, {x.stride[0], 0, x.stride[1], x.stride[2]}};
 }
+/// The same of (B, H).
+template <class T>
+constexpr View<T, 3> as_sequences(const View<T, 2>& x) {
+    return {x.data, {x.extent[0], 1, x.extent[1]}, {x.stride[0], 0, x.stride[1]}};
+}
 
 enum class Need : std::uint8_t { required, optional };
 

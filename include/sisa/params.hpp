@@ -136,17 +136,20 @@ struct Params {
 /// Decoding. `step` and `append` write tokens at rows `length` and on, and move g_last and Phi on by them;
 /// the caller then counts the tokens. With length = 0 nothing here is read, so that a new state needs no
 /// preparation. The recurrent values are float64 whatever T: they are sums over all of the past. With ds = 0
-/// only k and v are needed.
+/// only k and v are needed. Lengths and pages are as in attention's State: paged, (pages, page_size, ...) for (B, capacity, ...).
 template <class T>
 struct State {
-    View<T, 4> k{};            // (B, capacity, Hkv, dh)
-    View<T, 4> v{};            // (B, capacity, Hkv, dv)
-    View<T, 4> B{};            // (B, capacity, Hkv, ds), rotated: R(Phi[j]) B[j]
-    View<double, 3> g{};       // (B, capacity, Hkv), the sum of log_alpha up to a row
-    View<double, 2> g_last{};  // (B, Hkv), g of the last token
-    View<double, 3> Phi{};     // (B, Hkv, ds/2), the sum of theta up to the last token
-    Index length = 0;          // tokens already in the cache
+    View<T, 4> k{};                             // (B, capacity, Hkv, dh)
+    View<T, 4> v{};                             // (B, capacity, Hkv, dv)
+    View<T, 4> B{};                             // (B, capacity, Hkv, ds), rotated: R(Phi[j]) B[j]
+    View<double, 3> g{};                        // (B, capacity, Hkv), the sum of log_alpha up to a row
+    View<double, 2> g_last{};                   // (B, Hkv), g of the last token
+    View<double, 3> Phi{};                      // (B, Hkv, ds/2), the sum of theta up to the last token
+    Index length = 0;                           // tokens already in the cache, of every sequence
+    View<const std::int32_t, 1> lengths{};      // (B), optional: of each sequence; `length` is then not read
+    View<const std::int32_t, 2> block_table{};  // (B, pages of a sequence), optional: the cache is paged
 };
+/// One token for each batch row.
 template <class T, class P = param_t<T>>
 struct Token {
     View<const T, 3> q{};            // (B, Hq, dh)
@@ -160,8 +163,47 @@ struct Token {
 };
 template <class T>
 struct TokenOut {
-    View<T, 3> o{};  // (B, Hq, dv)
+    View<T, 3> o{};           // (B, Hq, dv)
+    View<acc_t<T>, 2> lse{};  // (B, Hq), optional, softmax only
 };
+/// n tokens for each batch row, at rows length, length + 1, ...
+template <class T, class P = param_t<T>>
+struct Tokens {
+    View<const T, 4> q{};            // (B, n, Hq, dh)
+    View<const T, 4> k{};            // (B, n, Hkv, dh)
+    View<const T, 4> v{};            // (B, n, Hkv, dv)
+    View<const T, 4> C{};            // (B, n, Hq, ds)
+    View<const T, 4> B{};            // (B, n, Hkv, ds)
+    View<const P, 3> log_alpha{};    // (B, n, Hkv)
+    View<const P, 4> theta{};        // (B, n, Hkv, ds/2)
+    View<const acc_t<T>, 1> bias{};  // (Hq), sigmoid only, optional
+};
+template <class T>
+struct TokensOut {
+    View<T, 4> o{};           // (B, n, Hq, dv)
+    View<acc_t<T>, 3> lse{};  // (B, n, Hq), optional, softmax only
+};
+template <class T, class P>
+constexpr Tokens<T, P> tokens_of(const Token<T, P>& x) {
+    return {as_sequences(x.q), as_sequences(x.k),         as_sequences(x.v),     as_sequences(x.C),
+            as_sequences(x.B), as_sequences(x.log_alpha), as_sequences(x.theta), x.bias};
+}
+template <class T>
+constexpr TokensOut<T> tokens_of(const TokenOut<T>& x) {
+    return {as_sequences(x.o), as_sequences(x.lse)};
+}
+template <class T>
+constexpr attention::State<T> attention_of(const State<T>& x) {
+    return {x.k, x.v, x.length, x.lengths, x.block_table};
+}
+template <class T, class P>
+constexpr attention::Token<T> attention_of(const Token<T, P>& x) {
+    return {x.q, x.k, x.v, x.bias};
+}
+template <class T, class P>
+constexpr attention::Tokens<T> attention_of(const Tokens<T, P>& x) {
+    return {x.q, x.k, x.v, x.bias};
+}
 /// What `append` puts into the cache: n tokens of a prompt, as Inputs has them.
 template <class T, class P = param_t<T>>
 struct Keys {
@@ -267,25 +309,75 @@ Status validate(const Options& options, const Inputs<T, P>& in, const Outputs<T>
     return check_tensors(grads, shape, "grad.");
 }
 
-/// Sizes of one decoding step: one query against `capacity` keys.
+template <class T, class P>
+Keys<T, P> keys_of(const Tokens<T, P>& x) {
+    return {x.k, x.v, x.B, x.log_alpha, x.theta};
+}
+template <class T, class P, class F>
+void visit(Token<T, P>& x, const Shape& s, F&& f) {
+    f("q", x.q, {s.batch, s.query_heads, s.head_dim}, Need::required);
+    f("k", x.k, {s.batch, s.kv_heads, s.head_dim}, Need::required);
+    f("v", x.v, {s.batch, s.kv_heads, s.value_dim}, Need::required);
+    f("C", x.C, {s.batch, s.query_heads, s.state_dim}, s.importance());
+    f("B", x.B, {s.batch, s.kv_heads, s.state_dim}, s.importance());
+    f("log_alpha", x.log_alpha, {s.batch, s.kv_heads}, s.importance());
+    f("theta", x.theta, {s.batch, s.kv_heads, s.pairs()}, s.importance());
+    f("bias", x.bias, {s.query_heads}, Need::optional);
+}
+template <class T, class P, class F>
+void visit(Keys<T, P>& x, const Shape& s, F&& f) {
+    const Index n = x.k.extent[1];
+    f("k", x.k, {s.batch, n, s.kv_heads, s.head_dim}, Need::required);
+    f("v", x.v, {s.batch, n, s.kv_heads, s.value_dim}, Need::required);
+    f("B", x.B, {s.batch, n, s.kv_heads, s.state_dim}, s.importance());
+    f("log_alpha", x.log_alpha, {s.batch, n, s.kv_heads}, s.importance());
+    f("theta", x.theta, {s.batch, n, s.kv_heads, s.pairs()}, s.importance());
+}
+template <class T, class P, class F>
+void visit(Tokens<T, P>& x, const Shape& s, F&& f) {
+    f("q", x.q, {s.batch, s.queries, s.query_heads, s.head_dim}, Need::required);
+    f("k", x.k, {s.batch, s.queries, s.kv_heads, s.head_dim}, Need::required);
+    f("v", x.v, {s.batch, s.queries, s.kv_heads, s.value_dim}, Need::required);
+    f("C", x.C, {s.batch, s.queries, s.query_heads, s.state_dim}, s.importance());
+    f("B", x.B, {s.batch, s.queries, s.kv_heads, s.state_dim}, s.importance());
+    f("log_alpha", x.log_alpha, {s.batch, s.queries, s.kv_heads}, s.importance());
+    f("theta", x.theta, {s.batch, s.queries, s.kv_heads, s.pairs()}, s.importance());
+    f("bias", x.bias, {s.query_heads}, Need::optional);
+}
+template <class T, class F>
+void visit(TokenOut<T>& out, const Shape& s, F&& f) {
+    f("o", out.o, {s.batch, s.query_heads, s.value_dim}, Need::required);
+    f("lse", out.lse, {s.batch, s.query_heads}, Need::optional);
+}
+template <class T, class F>
+void visit(TokensOut<T>& out, const Shape& s, F&& f) {
+    f("o", out.o, {s.batch, s.queries, s.query_heads, s.value_dim}, Need::required);
+    f("lse", out.lse, {s.batch, s.queries, s.query_heads}, Need::optional);
+}
+
+/// Sizes of a decoding step: n queries against `capacity` keys.
+template <class T, class P>
+Shape shape_of(const State<T>& state, const Tokens<T, P>& tokens) {
+    return {.dtype = dtype_of<T>,
+            .batch = tokens.q.extent[0],
+            .queries = tokens.q.extent[1],
+            .keys = attention::cache_rows(state).capacity,
+            .query_heads = tokens.q.extent[2],
+            .kv_heads = tokens.k.extent[2],
+            .head_dim = tokens.q.extent[3],
+            .value_dim = tokens.v.extent[3],
+            .state_dim = tokens.C.extent[3] > tokens.B.extent[3] ? tokens.C.extent[3] : tokens.B.extent[3]};
+}
 template <class T, class P>
 Shape shape_of(const State<T>& state, const Token<T, P>& token) {
-    return {.dtype = dtype_of<T>,
-            .batch = token.q.extent[0],
-            .queries = 1,
-            .keys = state.k.extent[1],
-            .query_heads = token.q.extent[1],
-            .kv_heads = token.k.extent[1],
-            .head_dim = token.q.extent[2],
-            .value_dim = token.v.extent[2],
-            .state_dim = token.C.extent[2] > token.B.extent[2] ? token.C.extent[2] : token.B.extent[2]};
+    return shape_of(state, tokens_of(token));
 }
 /// Sizes of the cache that n tokens are appended to; there are no queries.
 template <class T, class P>
 Shape shape_of(const State<T>& state, const Keys<T, P>& keys) {
     return {.dtype = dtype_of<T>,
             .batch = keys.k.extent[0],
-            .keys = state.k.extent[1],
+            .keys = attention::cache_rows(state).capacity,
             .kv_heads = keys.k.extent[2],
             .head_dim = keys.k.extent[3],
             .value_dim = keys.v.extent[3],
@@ -300,54 +392,39 @@ Status validate(const Options& options, const Shape& s, const State<T>& state, I
             StatusCode::unsupported,
             "options.mode is published, must be exact to decode: the published offset is taken over "
             "the whole sequence, tokens to come included");
-    if (state.length < 0 || tokens < 0 || state.length > s.keys - tokens)
-        return Status::error(
-            StatusCode::invalid_argument,
-            "state.length is %lld, must be at least 0 and leave %lld of the %lld rows of the cache",
-            static_cast<long long>(state.length), static_cast<long long>(tokens),
-            static_cast<long long>(s.keys));
+    INTERSTATE_RETURN_IF_ERROR(attention::check_cache(state, s.batch, tokens));
     INTERSTATE_RETURN_IF_ERROR(validate(options, s));
     CheckTensors check;
-    check("state.k", state.k, {s.batch, s.keys, s.kv_heads, s.head_dim}, Need::required);
-    check("state.v", state.v, {s.batch, s.keys, s.kv_heads, s.value_dim}, Need::required);
-    check("state.B", state.B, {s.batch, s.keys, s.kv_heads, s.state_dim}, s.importance());
-    check("state.g", state.g, {s.batch, s.keys, s.kv_heads}, s.importance());
+    const Index batch = state.block_table ? state.k.extent[0] : s.batch, rows = state.k.extent[1];
+    check("state.k", state.k, {batch, rows, s.kv_heads, s.head_dim}, Need::required);
+    check("state.v", state.v, {batch, rows, s.kv_heads, s.value_dim}, Need::required);
+    check("state.B", state.B, {batch, rows, s.kv_heads, s.state_dim}, s.importance());
+    check("state.g", state.g, {batch, rows, s.kv_heads}, s.importance());
     check("state.g_last", state.g_last, {s.batch, s.kv_heads}, s.importance());
     check("state.Phi", state.Phi, {s.batch, s.kv_heads, s.pairs()}, s.importance());
     return check.status;
 }
-template <class T, class P>
+/// A step of one token (Token and TokenOut) or of n of them (Tokens and TokensOut).
+template <class T, class P, class AnyTokens, class AnyOut>
 Status validate(const Options& options, const Params<P>& params, const State<T>& state,
-                const Token<T, P>& token, const TokenOut<T>& out) {
-    const Shape s = shape_of(state, token);
-    INTERSTATE_RETURN_IF_ERROR(check_bias(options, static_cast<bool>(token.bias)));
-    INTERSTATE_RETURN_IF_ERROR(validate(options, s, state, 1));
-    CheckTensors check;
-    check("q", token.q, {s.batch, s.query_heads, s.head_dim}, Need::required);
-    check("k", token.k, {s.batch, s.kv_heads, s.head_dim}, Need::required);
-    check("v", token.v, {s.batch, s.kv_heads, s.value_dim}, Need::required);
-    check("C", token.C, {s.batch, s.query_heads, s.state_dim}, s.importance());
-    check("B", token.B, {s.batch, s.kv_heads, s.state_dim}, s.importance());
-    check("log_alpha", token.log_alpha, {s.batch, s.kv_heads}, s.importance());
-    check("theta", token.theta, {s.batch, s.kv_heads, s.pairs()}, s.importance());
-    check("lam", params.lam, {s.query_heads}, s.importance());
-    check("bias", token.bias, {s.query_heads}, Need::optional);
-    check("o", out.o, {s.batch, s.query_heads, s.value_dim}, Need::required);
-    return check.status;
+                const AnyTokens& tokens, const AnyOut& out) {
+    const Shape s = shape_of(state, tokens);
+    INTERSTATE_RETURN_IF_ERROR(check_bias(options, static_cast<bool>(tokens.bias)));
+    if (out.lse && options.score == Score::sigmoid)
+        return Status::error(StatusCode::invalid_argument, "lse: must be null with score = sigmoid, which has none");
+    INTERSTATE_RETURN_IF_ERROR(validate(options, s, state, s.queries));
+    INTERSTATE_RETURN_IF_ERROR(check_tensors(tokens, s));
+    INTERSTATE_RETURN_IF_ERROR(check_view("lam", params.lam, {s.query_heads}, s.importance()));
+    return check_tensors(out, s);
 }
 template <class T, class P>
 Status validate(const Options& options, const State<T>& state, const Keys<T, P>& keys) {
     const Shape s = shape_of(state, keys);
-    const Index n = keys.k.extent[1];
-    INTERSTATE_RETURN_IF_ERROR(validate(options, s, state, n));
-    CheckTensors check;
-    check("k", keys.k, {s.batch, n, s.kv_heads, s.head_dim}, Need::required);
-    check("v", keys.v, {s.batch, n, s.kv_heads, s.value_dim}, Need::required);
-    check("B", keys.B, {s.batch, n, s.kv_heads, s.state_dim}, s.importance());
-    check("log_alpha", keys.log_alpha, {s.batch, n, s.kv_heads}, s.importance());
-    check("theta", keys.theta, {s.batch, n, s.kv_heads, s.pairs()}, s.importance());
-    return check.status;
+    INTERSTATE_RETURN_IF_ERROR(validate(options, s, state, keys.k.extent[1]));
+    return check_tensors(keys, s);
 }
+/// Which rows `append` reads of a cache: none but its own.
+inline constexpr attention::Options reads_nothing{.window = 1};
 
 namespace detail {
 /// Bytes of what rounding takes from o in 16-bit storage and softmax, kept for delta: a score gradient is p (dp - delta + dlse), and

@@ -340,83 +340,99 @@ Status backward(reference exec, const Options& options, const Inputs<T, P>& in, 
     return {};
 }
 
-/// Adds n tokens of a prompt (keys.k and the others, from row 0) to the cache at row state.length and on, as
-/// n steps would, and moves g_last and Phi on by them. The caller then adds n to state.length.
+namespace detail {
+
+/// Token t of the new ones, and its key/value head h, into the cache; moves g_last and Phi on.
+template <class T, class P>
+void append_token(const State<T>& state, const Keys<T, P>& keys, const Shape& s, Index b, Index t, Index h) {
+    const attention::CacheRows rows = attention::cache_rows(state);
+    const Index row = rows.length_of(b) + t;
+    const attention::CacheRows::Place at = rows.place(b, row);
+    for (Index d = 0; d < s.head_dim; ++d) state.k(at.batch, at.row, h, d) = keys.k(b, t, h, d);
+    for (Index d = 0; d < s.value_dim; ++d) state.v(at.batch, at.row, h, d) = keys.v(b, t, h, d);
+    if (s.state_dim == 0) return;
+    const double g = row > 0 ? state.g_last(b, h) : 0.0;
+    state.g_last(b, h) = g + floored(static_cast<double>(keys.log_alpha(b, t, h)));
+    state.g(at.batch, at.row, h) = state.g_last(b, h);  // eq. 26
+    for (Index n = 0; n < s.pairs(); ++n) {
+        const double Phi = row > 0 ? state.Phi(b, h, n) : 0.0;
+        state.Phi(b, h, n) = Phi + static_cast<double>(keys.theta(b, t, h, n));  // eq. 1
+        double pair[2] = {static_cast<double>(keys.B(b, t, h, 2 * n)), static_cast<double>(keys.B(b, t, h, 2 * n + 1))};
+        turn_pair(pair, 0, state.Phi(b, h, n));
+        for (Index e = 0; e < 2; ++e) state.B(at.batch, at.row, h, 2 * n + e) = static_cast<T>(pair[e]);
+    }
+}
+
+}  // namespace detail
+
+/// Adds n tokens of a prompt (keys.k and the others, from row 0) to the cache at rows `length` and on, as
+/// n steps would, and moves g_last and Phi on by them. The caller then adds n to the length.
 template <class T, class P>
 Status append(reference, const Options& options, const State<T>& state, const Keys<T, P>& keys) {
     INTERSTATE_RETURN_IF_ERROR(validate(options, state, keys));
     const Shape s = shape_of(state, keys);
+    INTERSTATE_RETURN_IF_ERROR(attention::check_rows(reads_nothing, state, s.batch, keys.k.extent[1]));
     for (Index b = 0; b < s.batch; ++b)
         for (Index t = 0; t < keys.k.extent[1]; ++t)
-            for (Index h = 0; h < s.kv_heads; ++h) {
-                const Index row = state.length + t;
-                for (Index d = 0; d < s.head_dim; ++d) state.k(b, row, h, d) = keys.k(b, t, h, d);
-                for (Index d = 0; d < s.value_dim; ++d) state.v(b, row, h, d) = keys.v(b, t, h, d);
-                if (s.state_dim == 0) continue;
-                const double g = row > 0 ? state.g_last(b, h) : 0.0;
-                state.g_last(b, h) = g + detail::floored(static_cast<double>(keys.log_alpha(b, t, h)));
-                state.g(b, row, h) = state.g_last(b, h);  // eq. 26
-                for (Index n = 0; n < s.pairs(); ++n) {
-                    const double Phi = row > 0 ? state.Phi(b, h, n) : 0.0;
-                    state.Phi(b, h, n) = Phi + static_cast<double>(keys.theta(b, t, h, n));  // eq. 1
-                    double pair[2] = {static_cast<double>(keys.B(b, t, h, 2 * n)),
-                                      static_cast<double>(keys.B(b, t, h, 2 * n + 1))};
-                    detail::turn_pair(pair, 0, state.Phi(b, h, n));
-                    for (Index e = 0; e < 2; ++e) state.B(b, row, h, 2 * n + e) = static_cast<T>(pair[e]);
-                }
-            }
+            for (Index h = 0; h < s.kv_heads; ++h) detail::append_token(state, keys, s, b, t, h);
     return {};
 }
 
-/// One token against the cache: the last row of `forward` over state.length + 1 keys.
+/// New tokens against the cache: the last n rows of `forward` over length + n keys.
 template <class T, class P>
 Status step(reference exec, const Options& options, const Params<P>& params, const State<T>& state,
-            const Token<T, P>& token, const TokenOut<T>& out, Workspace ws) {
-    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, token, out));
-    const Shape s = shape_of(state, token);
+            const Tokens<T, P>& tokens, const TokensOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, tokens, out));
+    const Shape s = shape_of(state, tokens);
+    const attention::Options plain = attention_of(options);
+    INTERSTATE_RETURN_IF_ERROR(attention::check_rows(plain, state, s.batch, s.queries));
     INTERSTATE_RETURN_IF_ERROR(
         check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
     Arena arena(ws.data);
     const detail::ReferenceScratch at(arena, options, s, pass::step);
-    const View<const P, 2>& a = token.log_alpha;
-    INTERSTATE_RETURN_IF_ERROR(
-        append(exec, options, state,
-               Keys<T, P>{.k = as_sequences(token.k),
-                          .v = as_sequences(token.v),
-                          .B = as_sequences(token.B),
-                          .log_alpha = view(a.data, {a.extent[0], Index{1}, a.extent[1]},
-                                            {a.stride[0], Index{0}, a.stride[1]}),
-                          .theta = as_sequences(token.theta)}));
-
-    const attention::Options plain = attention_of(options);
     const double scale = attention::scale_of(plain, s.head_dim);
-    const RowRange read = attention::keys_read(plain, state.length, state.length + 1);  // eq. 9
+    const attention::CacheRows rows = attention::cache_rows(state);
     for (Index b = 0; b < s.batch; ++b)
-        for (Index h = 0; h < s.query_heads; ++h) {
-            const Index kv = h / s.group();
-            for (Index d = 0; d < s.state_dim; ++d) at.Chat[d] = static_cast<double>(token.C(b, h, d));
-            for (Index n = 0; n < s.pairs(); ++n) detail::turn_pair(at.Chat, n, state.Phi(b, kv, n));
-            for (Index j = read.begin; j < read.end; ++j) {
-                double dot = 0.0, importance = 0.0;
-                for (Index d = 0; d < s.head_dim; ++d)
-                    dot += static_cast<double>(token.q(b, h, d)) * static_cast<double>(state.k(b, j, kv, d));
-                for (Index d = 0; d < s.state_dim; ++d)
-                    importance += at.Chat[d] * static_cast<double>(state.B(b, j, kv, d));
-                at.p[j] = scale * dot;
-                if (s.state_dim > 0)
-                    at.p[j] += static_cast<double>(params.lam(h)) *
-                               std::exp(state.g_last(b, kv) - state.g(b, j, kv)) * importance;  // eq. 26
-            }
-            (void)attention::detail::reference_weights(
-                plain, attention::detail::reference_bias(plain, token.bias, h), read, at.p);
-            for (Index d = 0; d < s.value_dim; ++d) {
-                double o = 0.0;
-                for (Index j = read.begin; j < read.end; ++j)
-                    o += at.p[j] * static_cast<double>(state.v(b, j, kv, d));  // eq. 8
-                out.o(b, h, d) = static_cast<T>(o);
+        for (Index i = 0; i < s.queries; ++i) {
+            for (Index kv = 0; kv < s.kv_heads; ++kv) detail::append_token(state, keys_of(tokens), s, b, i, kv);
+            const Index position = rows.length_of(b) + i;
+            const RowRange read = attention::keys_read(plain, position, position + 1);  // eq. 9
+            for (Index h = 0; h < s.query_heads; ++h) {
+                const Index kv = h / s.group();
+                for (Index d = 0; d < s.state_dim; ++d) at.Chat[d] = static_cast<double>(tokens.C(b, i, h, d));
+                for (Index n = 0; n < s.pairs(); ++n) detail::turn_pair(at.Chat, n, state.Phi(b, kv, n));
+                for (Index j = read.begin; j < read.end; ++j) {
+                    const attention::CacheRows::Place key = rows.place(b, j);
+                    double dot = 0.0, importance = 0.0;
+                    for (Index d = 0; d < s.head_dim; ++d)
+                        dot += static_cast<double>(tokens.q(b, i, h, d)) * static_cast<double>(state.k(key.batch, key.row, kv, d));
+                    for (Index d = 0; d < s.state_dim; ++d)
+                        importance += at.Chat[d] * static_cast<double>(state.B(key.batch, key.row, kv, d));
+                    at.p[j] = scale * dot;
+                    if (s.state_dim > 0)
+                        at.p[j] += static_cast<double>(params.lam(h)) *
+                                   std::exp(state.g_last(b, kv) - state.g(key.batch, key.row, kv)) * importance;  // eq. 26
+                }
+                const double lse = attention::detail::reference_weights(
+                    plain, attention::detail::reference_bias(plain, tokens.bias, h), read, at.p);
+                for (Index d = 0; d < s.value_dim; ++d) {
+                    double o = 0.0;
+                    for (Index j = read.begin; j < read.end; ++j) {
+                        const attention::CacheRows::Place key = rows.place(b, j);
+                        o += at.p[j] * static_cast<double>(state.v(key.batch, key.row, kv, d));  // eq. 8
+                    }
+                    out.o(b, i, h, d) = static_cast<T>(o);
+                }
+                if (out.lse) out.lse(b, i, h) = static_cast<acc_t<T>>(lse);
             }
         }
     return {};
+}
+template <class T, class P>
+Status step(reference exec, const Options& options, const Params<P>& params, const State<T>& state,
+            const Token<T, P>& token, const TokenOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, token, out));
+    return step(exec, options, params, state, tokens_of(token), tokens_of(out), ws);
 }
 
 }  // namespace sisa

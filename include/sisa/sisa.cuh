@@ -6,6 +6,7 @@
 
 #include <attention/attention.cuh>
 #include <sisa/detail/cuda_calls.cuh>
+#include <sisa/detail/cuda_step.cuh>
 #include <sisa/params.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
@@ -18,6 +19,7 @@ inline std::size_t saved_size(const cuda&, const Options& options, const Shape& 
 /// Bytes of scratch memory for a pass: channels as attention's kernels read them, and sums of tokens.
 inline std::size_t workspace_size(const cuda& exec, const Options& options, const Shape& s, pass which) {
     if (s.state_dim == 0) return workspace_size(exec, attention_of(options), attention_of(s), which);
+    if (which == pass::step) return detail::step_workspace_size(options, s);
     // Of the kernels that want most.
     const Index padded = s.state_dim <= 16 ? 16 : s.state_dim <= 32 ? 32 : s.state_dim <= 64 ? 64 : s.state_dim <= 128 ? 128 : s.state_dim;
     Arena arena;
@@ -72,6 +74,53 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     };
     INTERSTATE_RETURN_IF_ERROR(outside(grads.q, grads.k, grads.v, grads.C, grads.B, grads.log_alpha, grads.theta));
     return detail::run_backward(exec, options, in, out, saved, upstream, grads, ws);
+}
+
+/// The kernel of a step, on the current device.
+template <class T, class AnyTokens>
+KernelChoice which_step_kernel(const cuda& exec, const Options& options, const State<T>& state, const AnyTokens& tokens) {
+    const Shape s = shape_of(state, tokens);
+    if (s.state_dim == 0) return which_step_kernel(exec, attention_of(options), attention_of(state), attention_of(tokens));
+    if (s.dtype == DType::f64) return {"sisa.cuda.step.simple", "float64: no tensor cores, a row at a time"};
+    if (s.head_dim > 128 || s.value_dim > 128 || s.state_dim > 128)
+        return {"sisa.cuda.step.simple", "heads or channels of more than 128 columns: no tensor cores, a row at a time"};
+    bool fits = false;
+    (void)detail::dispatch_step<T>(s, [&](auto dim, auto, auto) { return fits = dim > 0, Status{}; });
+    if (!fits) return {"sisa.cuda.step.simple", "a block of this device has too little shared memory: a row at a time"};
+    if (!device::moves_wide(state.k, s.head_dim) || !device::moves_wide(state.v, s.value_dim) || !device::moves_wide(state.B, s.state_dim))
+        return {"sisa.cuda.step.split", "rows of the cache in single elements: not contiguous, or not aligned to 16 bytes"};
+    return {"sisa.cuda.step.split", "tensor cores, the cache split over the device and read once, 16 bytes at a time"};
+}
+
+/// Adds n tokens of a prompt to the cache, as on the CPU, the bits of n steps; it needs no workspace. A sequence without room is left
+/// alone, rows on pages that are none of the cache's are not written; both are reported in exec.flags.
+template <class T, class P>
+Status append(const cuda& exec, const Options& options, const State<T>& state, const Keys<T, P>& keys) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, state, keys));
+    INTERSTATE_RETURN_IF_ERROR(pending_status());
+    return detail::run_append(exec, reads_nothing, shape_of(state, keys), state, keys, View<const T, 4>{}, View<const P, 1>{},
+                              detail::StepQueries<T>{});
+}
+
+/// n tokens for every batch row, as on the CPU. Lengths and block table are read on the device alone, as by attention's step; the
+/// recurrent values of a sequence without room stay as they are.
+template <class T, class P>
+Status step(const cuda& exec, const Options& options, const Params<P>& params, const State<T>& state, const Tokens<T, P>& tokens,
+            const TokensOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, tokens, out));
+    const Shape s = shape_of(state, tokens);
+    if (s.state_dim == 0)
+        return step(exec, attention_of(options), attention::Params{}, attention_of(state), attention_of(tokens),
+                    attention::TokensOut<T>{out.o, out.lse}, ws);
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
+    INTERSTATE_RETURN_IF_ERROR(pending_status());
+    return detail::run_step(exec, options, params, state, tokens, out, ws);
+}
+template <class T, class P>
+Status step(const cuda& exec, const Options& options, const Params<P>& params, const State<T>& state, const Token<T, P>& token,
+            const TokenOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, token, out));
+    return step(exec, options, params, state, tokens_of(token), tokens_of(out), ws);
 }
 
 }  // namespace INTERSTATE_KERNELS

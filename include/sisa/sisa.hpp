@@ -7,7 +7,7 @@
 // forward    o and, for softmax, lse, of q, k, v, C, B, log_alpha, theta and lam (eq. 1 to 12)
 // backward   gradients of all of them from the inputs, lse and upstream gradients (eq. 13 to 25)
 // append     a prompt's keys into the cache that step reads (eq. 26)
-// step       one token for every batch row; options.mode = exact only
+// step       one token or several for every batch row; options.mode = exact only
 //
 // Shapes are in sisa/params.hpp, beside each view. A layer's projections become log_alpha and lam in
 // sisa/prelude.hpp; the values that it starts from are in sisa/init.hpp.
@@ -89,18 +89,25 @@ Status append(const cpu& requested, const Options& options, const State<T>& stat
     return append(reference{}, options, state, keys);
 }
 
-/// One token for every batch row against the cache (eq. 26): the last row of forward over state.length + 1 keys. Errors
-/// as in forward, and invalid_argument when the cache is full.
+/// n tokens for every batch row against the cache (eq. 26): the last n rows of forward over length + n keys. Errors as in
+/// forward, and invalid_argument where the cache has no room, or a length or a page is out of range.
 template <class T, class P>
 Status step(const cpu& requested, const Options& options, const Params<P>& params, const State<T>& state,
-            const Token<T, P>& token, const TokenOut<T>& out, Workspace ws) {
+            const Tokens<T, P>& tokens, const TokensOut<T>& out, Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
-    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, token, out));
-    const Shape shape = shape_of(state, token);
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, tokens, out));
+    const Shape shape = shape_of(state, tokens);
+    INTERSTATE_RETURN_IF_ERROR(attention::check_rows(attention_of(options), state, shape.batch, shape.queries));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape, pass::step)));
-    detail::cached_step(exec, options, params, state, token, out, ws);
+    detail::cached_step(exec, options, params, state, tokens, out, ws);
     return {};
+}
+template <class T, class P>
+Status step(const cpu& exec, const Options& options, const Params<P>& params, const State<T>& state,
+            const Token<T, P>& token, const TokenOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, token, out));
+    return step(exec, options, params, state, tokens_of(token), tokens_of(out), ws);
 }
 
 }  // namespace sisa

@@ -5,6 +5,7 @@
 #include "../support/isas.hpp"
 #include "../support/sanitized.hpp"
 #include "case.hpp"
+#include "decode.hpp"
 
 namespace {
 
@@ -280,11 +281,50 @@ TEST(AttentionCpuStep, SameBitsForAnyNumberOfThreadsAndErrors) {
 
     state.length = capacity;
     EXPECT_STREQ(call(cpu{}, one).message(),
-                 "state.length is 3001, must be at least 0 and below the 3001 rows of the cache");
+                 "state.length is 3001, must be at least 0 and leave 1 of the 3001 rows of the cache");
     state.length = 5;
     state.v.extent[3] = dim - 1;
     EXPECT_STREQ(call(cpu{}, one).message(), "state.v: extent of axis 3 is 31, must be 32");
     for (const float x : one) EXPECT_EQ(x, 777.0f);
+}
+
+TYPED_TEST(AttentionCpu, StepsOfEveryCacheAreThoseOfTheReference) {
+    using T = TypeParam;
+    using namespace interstate::test;
+    for (const Options& o : {causal, bidirectional, windowed, sigmoid})
+        for (const Index n : {1, 2, 3, 5})
+            for (DecodeSizes s : every_cache(n))
+                for (const Index dim : {16, 19}) {
+                    s.head_dim = dim, s.value_dim = dim == 16 ? 16 : 5;
+                    s.bias = dim == 19;
+                    Decode<T> first(s, o, 11);
+                    Decode<double> truth(first);
+                    SCOPED_TRACE(first.describe());
+                    const Status status = run_step(reference{}, truth);
+                    ASSERT_TRUE(status.ok()) << status.message();
+                    for (const Isa isa : isas()) {
+                        Decode<T> one(s, o, 11), many(s, o, 11);
+                        const Status ran = run_step(cpu{.threads = 1, .isa = isa}, one);
+                        ASSERT_TRUE(ran.ok()) << ran.message();
+                        ASSERT_TRUE(run_step(cpu{.threads = 3, .isa = isa}, many).ok());
+                        EXPECT_TRUE(same_bits(one.o, many.o) && same_bits(one.lse, many.lse));
+                        EXPECT_LE(error(one.o, truth.o), sizeof(T) == 2 ? 1.1 * rounding<T>(truth.o) + 1e-6 : tolerance<T>);
+                        EXPECT_LE(one.softmax() ? error(one.lse, truth.lse) : 0.0, tolerance<acc_t<T>>);
+                        Decode<double> written(one);
+                        for (std::size_t i = 0; i < truth.cache_k.size(); ++i)
+                            EXPECT_TRUE(written.cache_k[i] == truth.cache_k[i] || (std::isnan(written.cache_k[i]) && std::isnan(truth.cache_k[i])));
+                    }
+                }
+}
+
+TEST(AttentionCpuStep, RefusesWhatTheReferenceRefuses) {
+    using namespace interstate::test;
+    Decode<float> full({.capacity = 8, .tokens = 2, .lengths = {3, 7}}, {}, 3), paged({.capacity = 8, .tokens = 2, .lengths = {3, 6}, .page_size = 4}, {}, 3);
+    EXPECT_STREQ(run_step(cpu{}, full).message(), "state.lengths: element 1 is 7, must be at least 0 and leave 2 of the 8 rows of the cache");
+    paged.table[3] = 7;
+    EXPECT_STREQ(run_step(cpu{}, paged).message(), "state.block_table: element (1, 1) is 7, must be at least 0 and below the 7 pages of the cache");
+    for (const float x : full.o) EXPECT_EQ(x, 777.0f);
+    for (const float x : paged.o) EXPECT_EQ(x, 777.0f);
 }
 
 TYPED_TEST(AttentionCpu, NaNDoesNotLeaveItsSequence) {

@@ -1,5 +1,6 @@
 // The reference of attention: hand-computed cases, finite differences of every gradient, edges, errors.
 #include "case.hpp"
+#include "decode.hpp"
 
 namespace {
 
@@ -253,6 +254,84 @@ TEST(AttentionReference, StepsAreRowsOfForward) {
                     for (Index d = 0; d < 2; ++d) EXPECT_NEAR(out.o(b, h, d), c.out().o(b, t, h, d), 1e-15);
         }
     }
+}
+
+TEST(AttentionReference, StepsOfSeveralTokensAreRowsOfForward) {
+    using interstate::test::Decode;
+    for (const Options& o : all_options())
+        for (const Index n : {1, 2, 5})
+            for (interstate::test::DecodeSizes s : interstate::test::every_cache(n)) {
+                s.bias = o.windowed();
+                Decode<double> c(s, o, 7);
+                SCOPED_TRACE(c.describe());
+                const Status status = interstate::test::run_step(reference{}, c);
+                ASSERT_TRUE(status.ok()) << status.message();
+                const auto tokens = c.tokens(interstate::test::on_host);
+                for (Index b = 0; b < c.batch(); ++b) {
+                    const Index Lk = s.lengths[std::size_t(b)] + n, row = s.query_heads * s.value_dim;
+                    attention::Inputs<double> in{.q = tokens.q, .bias = tokens.bias};
+                    in.q.data = &tokens.q(b, 0, 0, 0), in.q.extent[0] = 1;
+                    in.k = view(static_cast<const double*>(&c.all_k[std::size_t(b * s.capacity * s.kv_heads * s.head_dim)]), {Index(1), Lk, s.kv_heads, s.head_dim});
+                    in.v = view(static_cast<const double*>(&c.all_v[std::size_t(b * s.capacity * s.kv_heads * s.value_dim)]), {Index(1), Lk, s.kv_heads, s.value_dim});
+                    std::vector<double> o_want(std::size_t(n * row)), lse_want(std::size_t(n * s.query_heads));
+                    attention::Outputs<double> out{.o = view(o_want.data(), {Index(1), n, s.query_heads, s.value_dim})};
+                    if (c.softmax()) out.lse = view(lse_want.data(), {Index(1), n, s.query_heads});
+                    Memory m(attention::workspace_size(reference{}, o, attention::shape_of(in), pass::forward));
+                    ASSERT_TRUE(attention::forward(reference{}, o, in, out, Saved{}, m.ws).ok());
+                    for (std::size_t i = 0; i < o_want.size(); ++i) EXPECT_NEAR(c.o[std::size_t(b * n * row) + i], o_want[i], 1e-14);
+                    for (std::size_t i = 0; i < lse_want.size() && c.softmax(); ++i)
+                        EXPECT_NEAR(c.lse[std::size_t(b * n * s.query_heads) + i], lse_want[i], 1e-14);
+                }
+                // What was written, and nothing else.
+                for (Index b = 0; b < c.batch(); ++b)
+                    for (Index r = 0; r < s.capacity; ++r) {
+                        const auto state = c.state(interstate::test::on_host);
+                        if (r >= s.lengths[std::size_t(b)] + n) {
+                            EXPECT_TRUE(s.page_size > 0 || std::isnan(state.k(b, r, 0, 0)));
+                            continue;
+                        }
+                        const auto at = attention::cache_rows(state).place(b, r);
+                        EXPECT_EQ(state.k(at.batch, at.row, 1, 3), c.all_k[std::size_t(((b * s.capacity + r) * s.kv_heads + 1) * s.head_dim + 3)]);
+                        EXPECT_EQ(state.v(at.batch, at.row, 0, 2), c.all_v[std::size_t(((b * s.capacity + r) * s.kv_heads) * s.value_dim + 2)]);
+                    }
+            }
+}
+
+TEST(AttentionReference, DecodingErrorsNameTheArgumentAndWriteNothing) {
+    using namespace interstate::test;
+    const auto message = [](const DecodeSizes& s, auto&& change) {
+        Decode<double> c(s, {}, 3);
+        const std::vector<double> before = c.cache_k;
+        auto state = c.state(on_host);
+        auto tokens = c.tokens(on_host);
+        auto out = c.out(on_host);
+        change(c, state, tokens, out);
+        std::vector<std::byte> memory(1 << 16);
+        const Status status = attention::step(reference{}, c.options, attention::Params{}, state, tokens, out, Workspace{memory.data(), memory.size()});
+        EXPECT_FALSE(status.ok());
+        EXPECT_TRUE(same_bits(before, c.cache_k));
+        for (const double x : c.o) EXPECT_EQ(x, 777.0);
+        return std::string(status.message());
+    };
+    const DecodeSizes flat{.capacity = 8, .tokens = 2, .lengths = {3, 6}}, paged{.capacity = 8, .tokens = 2, .lengths = {3, 6}, .page_size = 4};
+    const auto nothing = [](auto&...) {};
+    EXPECT_EQ(message(flat, [](auto&, auto& state, auto&, auto&) { state.lengths = {}; }),
+              "state.length is -1, must be at least 0 and leave 2 of the 8 rows of the cache");
+    EXPECT_EQ(message({.capacity = 8, .tokens = 2, .lengths = {3, 7}}, nothing),
+              "state.lengths: element 1 is 7, must be at least 0 and leave 2 of the 8 rows of the cache");
+    EXPECT_EQ(message(flat, [](auto& c, auto&, auto&, auto&) { c.sizes.lengths[0] = -2; }),
+              "state.lengths: element 0 is -2, must be at least 0 and leave 2 of the 8 rows of the cache");
+    EXPECT_EQ(message(flat, [](auto&, auto& state, auto&, auto&) { state.lengths.extent[0] = 3; }), "state.lengths: extent of axis 0 is 3, must be 2");
+    EXPECT_EQ(message(paged, [](auto& c, auto&, auto&, auto&) { c.table[1] = 99; }),
+              "state.block_table: element (0, 1) is 99, must be at least 0 and below the 7 pages of the cache");
+    EXPECT_EQ(message(paged, [](auto& c, auto&, auto&, auto&) { c.table[2] = -1; }),
+              "state.block_table: element (1, 0) is -1, must be at least 0 and below the 7 pages of the cache");
+    EXPECT_EQ(message(paged, [](auto&, auto& state, auto&, auto&) { state.block_table.extent[0] = 1; }), "state.block_table: extent of axis 0 is 1, must be 2");
+    EXPECT_EQ(message(paged, [](auto&, auto& state, auto&, auto&) { state.v.extent[1] = 5; }), "state.v: extent of axis 1 is 5, must be 4");
+    EXPECT_EQ(message(flat, [](auto&, auto&, auto& tokens, auto&) { tokens.k.extent[1] = 1; }), "k: extent of axis 1 is 1, must be 2");
+    EXPECT_EQ(message(flat, [](auto&, auto&, auto&, auto& out) { out.lse.extent[2] = 2; }), "lse: extent of axis 2 is 2, must be 1");
+    EXPECT_EQ(message({.capacity = 2, .tokens = 3, .lengths = {0, 0}}, nothing), "q: length is 3, must be at most the length of k");
+    EXPECT_EQ(message(flat, [](auto& c, auto&, auto&, auto&) { c.options.score = Score::sigmoid; }), "lse: must be null with score = sigmoid, which has none");
 }
 
 TEST(AttentionReference, ErrorsNameTheArgumentAndWriteNothing) {

@@ -9,6 +9,7 @@
 #include <sisa/sisa.hpp>
 
 #include "../support/isas.hpp"
+#include "decode.hpp"
 #include "rounded_formula.hpp"
 #include "sisa_cases.hpp"
 
@@ -334,6 +335,37 @@ TEST(SisaCpu, StepsAreRowsOfForward) {
             expect_steps<f16>(o, ds);
             expect_steps<bf16>(o, ds);
         }
+}
+
+TEST(SisaCpu, StepsOfEveryCacheAreThoseOfTheReference) {
+    const auto expect = []<class T>(T, const Options& o, const SisaDecodeSizes& s) {
+        SisaDecode<T> stored(s, o, 33);
+        SisaDecode<double> truth(stored);
+        SCOPED_TRACE(truth.describe());
+        const Status status = run_step(reference{}, truth);
+        ASSERT_TRUE(status.ok()) << status.message();
+        const auto bounds = bounds_of_step<T>(truth);
+        for (const Isa isa : isas()) {
+            SisaDecode<T> one(s, o, 33), many(s, o, 33);
+            const Status ran = run_step(cpu{.threads = 1, .isa = isa}, one);
+            ASSERT_TRUE(ran.ok()) << ran.message();
+            ASSERT_TRUE(run_step(cpu{.threads = 3, .isa = isa}, many).ok());
+            for (std::size_t i = 0; i < one.o.size(); ++i) ASSERT_EQ(static_cast<double>(one.o[i]), static_cast<double>(many.o[i]));
+            EXPECT_LE(relative_error(one.o, truth.o), bounds.o) << to_string(dtype_of<T>);
+            EXPECT_LE(one.softmax() ? relative_error(one.lse, truth.lse) : 0.0, bounds.lse) << to_string(dtype_of<T>);
+            EXPECT_EQ(one.Phi, truth.Phi);
+        }
+    };
+    for (const Options& o : {Options{}, Options{.window = 40}, Options{.score = Score::sigmoid, .bias = -0.5}})
+        for (const Index n : {1, 2, 5})
+            for (SisaDecodeSizes s : every_sisa_cache(n)) {
+                s.bias = n == 2;
+                s.head_dim = n == 2 ? 19 : 16;
+                expect(f64{}, o, s);
+                expect(f32{}, o, s);
+                expect(f16{}, o, s);
+                expect(bf16{}, o, s);
+            }
 }
 
 /// The 16-bit rule: the error is at most twice that of the formula with rounded operands, and the rounding of the result.

@@ -13,6 +13,7 @@
 #include <sisa/sisa.hpp>
 
 #include "../support/differences.hpp"
+#include "decode.hpp"
 #include "sisa_cases.hpp"
 
 namespace interstate::test {
@@ -588,6 +589,55 @@ TEST(SisaReference, StepsAreRowsOfForward) {
                     EXPECT_LT(difference(got, rows(whole.tensors.at("out.o"), t, t + 1)), bound) << t;
                 }
             }
+}
+
+TEST(SisaReference, StepsOfSeveralTokensAreRowsOfForward) {
+    for (const Options& options : all_options()) {
+        if (options.mode == Mode::published) continue;
+        for (const Index n : {1, 2, 5})
+            for (SisaDecodeSizes s : every_sisa_cache(n)) {
+                s.bias = options.window > 0;
+                SisaDecode<double> c(s, options, 31);
+                SCOPED_TRACE(c.describe());
+                const Status status = run_step(reference{}, c);
+                ASSERT_TRUE(status.ok()) << status.message();
+                const auto tokens = c.tokens(on_host);
+                for (Index b = 0; b < c.batch(); ++b) {
+                    const auto keys = c.prompt(b, 0, c.length(b) + n);
+                    sisa::Inputs<double, double> in{.q = tokens.q, .k = keys.k, .v = keys.v, .C = tokens.C, .B = keys.B, .log_alpha = keys.log_alpha,
+                                                    .theta = keys.theta, .lam = c.params(on_host).lam, .bias = tokens.bias};
+                    in.q.data = &tokens.q(b, 0, 0, 0), in.q.extent[0] = 1;
+                    if (in.C) in.C.data = &tokens.C(b, 0, 0, 0), in.C.extent[0] = 1;
+                    std::vector<double> o(std::size_t(n * s.query_heads * s.value_dim)), lse(std::size_t(n * s.query_heads));
+                    sisa::Outputs<double> out{.o = view(o.data(), {Index{1}, n, s.query_heads, s.value_dim})};
+                    if (c.softmax()) out.lse = view(lse.data(), {Index{1}, n, s.query_heads});
+                    std::vector<std::byte> memory(sisa::workspace_size(reference{}, options, shape_of(in), pass::forward));
+                    const Status forward = sisa::forward(reference{}, options, in, out, Saved{}, Workspace{memory.data(), memory.size()});
+                    ASSERT_TRUE(forward.ok()) << forward.message();
+                    const auto cut = [&](const std::vector<double>& x) {
+                        const auto each = static_cast<std::ptrdiff_t>(x.size()) / c.batch();
+                        return std::vector<double>(x.begin() + b * each, x.begin() + (b + 1) * each);
+                    };
+                    EXPECT_LT(relative_error(cut(c.o), o), s.resets ? 1e-11 : 1e-13);
+                    EXPECT_LT(c.softmax() ? relative_error(cut(c.lse), lse) : 0.0, s.resets ? 1e-11 : 1e-13);
+                }
+            }
+    }
+}
+
+TEST(SisaReference, BadLengthsAndPagesAreRefused) {
+    SisaDecode<double> full({{.capacity = 32, .tokens = 2, .lengths = {3, 30}, .page_size = 8}}, {}, 32);
+    const std::vector<double> g = full.g_last;
+    full.sizes.lengths[1] = 31;
+    EXPECT_STREQ(run_step(reference{}, full).message(), "state.lengths: element 1 is 31, must be at least 0 and leave 2 of the 32 rows of the cache");
+    full.sizes.lengths[1] = 30;
+    full.table[7] = 11;
+    EXPECT_STREQ(run_step(reference{}, full).message(), "state.block_table: element (1, 3) is 11, must be at least 0 and below the 11 pages of the cache");
+    auto state = full.state(on_host);
+    state.g.extent[0] = 2;
+    EXPECT_STREQ(sisa::append(reference{}, {}, state, keys_of(full.tokens(on_host))).message(), "state.g: extent of axis 0 is 2, must be 11");
+    EXPECT_EQ(g, full.g_last);
+    for (const double x : full.o) EXPECT_EQ(x, 777.0);
 }
 
 TEST(SisaReference, AppendingInPartsIsAppendingAtOnce) {

@@ -100,6 +100,7 @@ struct Running {
     A* largest;  // of the scores so far; -inf before the first
     A* sum;      // of exp(score - largest)
     A* shrink;   // exp(old largest - new largest), for what has been summed up to here
+    Running from(Index row) const { return {largest + row, sum + row, shrink + row}; }
 };
 
 /// Scores of a tile become weights relative to the largest score so far (eq. 13), columns [begin, end).
@@ -682,11 +683,11 @@ struct StepScratch {
     Running<A> running;
 
     StepScratch(Arena& arena, const Shape& s) {
-        const Index dh = padded(s.head_dim), dv = padded(s.value_dim), heads = s.group();
+        const Index dh = padded(s.head_dim), dv = padded(s.value_dim), heads = s.group() * s.queries;
         q = arena.take<A>(heads * dh);
         k = arena.take<A>(inner_block * dh);
         v = arena.take<A>(inner_block * dv);
-        scores = arena.take<A>(heads * inner_block);
+        scores = arena.take<A>(s.group() * inner_block);
         sum = arena.take<A>(heads * dv);
         bias = arena.take<A>(heads);
         running.largest = arena.take<A>(heads);
@@ -1319,76 +1320,119 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T>& in
     tiled_tasks(exec, call, ws, pass::backward, s.kv_heads, s.keys, false, keys, zero_kv);
 }
 
-/// Decoding: every key/value head of every batch row is a task, which reads its cache once for all
-/// query heads of the group.
+/// Scores that a step reads, over all batch rows and query heads.
+inline double step_scores(const Options& options, const Shape& s, const CacheRows& rows) {
+    double sum = 0.0;
+    for (Index b = 0; b < s.batch && s.queries > 0; ++b) {
+        const Index length = rows.length_of(b);
+        sum += static_cast<double>(length + s.queries - keys_read(options, length, length + s.queries).begin);
+    }
+    return sum * static_cast<double>(s.query_heads * s.queries);
+}
+
+/// Rows `first` and on of sequence b, in the accumulator's dtype and filled up with zeros, `ld` apart.
 template <class T>
-void cached_step(const cpu& exec, const Options& options, const State<T>& state, const Token<T>& token,
-                 const TokenOut<T>& out, Workspace ws) {
+void load_cached(Isa isa, const CacheRows& rows, const View<T, 4>& x, Index b, Index first, Index h, Index count, acc_t<T>* to, Index ld) {
+    const Index dim = x.extent[3];
+    for (Index done = 0; done < count && dim > 0;) {
+        const Index run = rows.run_at(first + done), some = run < count - done ? run : count - done;
+        const CacheRows::Place at = rows.place(b, first + done);
+        simd::run_body<LoadRows<T>>(isa, static_cast<const T*>(&x(at.batch, at.row, h, 0)), x.stride[1], x.stride[3], some, dim,
+                                    acc_t<T>(1), to + done * ld, padded(dim), ld);
+        done += some;
+    }
+}
+/// The same, where they are if they are already what the kernel reads.
+template <class T>
+const acc_t<T>* rows_of_cache(Isa isa, const CacheRows& rows, const View<T, 4>& x, Index b, Index first, Index h, Index count,
+                              acc_t<T>* copy, Index& ld) {
+    if constexpr (std::is_same_v<T, acc_t<T>>)
+        if (x.stride[3] == 1 && x.extent[3] > 0 && x.extent[3] % pad == 0 && rows.run_at(first) >= count) {
+            const CacheRows::Place at = rows.place(b, first);
+            ld = x.stride[1];
+            return &x(at.batch, at.row, h, 0);
+        }
+    load_cached(isa, rows, x, b, first, h, count, copy, ld);
+    return copy;
+}
+
+/// What the queries of a token, `heads` of them, add to their sums from keys [begin, end) of a tile whose first key is `first`.
+template <class A>
+void step_tile(Isa isa, Score score, const A* q, Index heads, Index ldq, const A* k, Index ldk, const A* v, Index ldv, Index first,
+               RowRange keys, A* scores, const A* bias, Running<A> running, A* sum, Index ld_sum) {
+    const Index count = keys.end - keys.begin, skip = keys.begin - first;
+    k += skip * ldk;
+    v += skip * ldv;
+    if (score == Score::softmax) {
+        simd::run_body<StepScores<A, Score::softmax>>(isa, q, heads, ldq, k, ldk, count, scores, bias, running);
+        simd::run_body<ScaleRows<A>>(isa, sum, heads, ld_sum, static_cast<const A*>(running.shrink));
+    } else {
+        simd::run_body<StepScores<A, Score::sigmoid>>(isa, q, heads, ldq, k, ldk, count, scores, bias, running);
+    }
+    multiply<A>(isa, scores, inner_block, 1, v, ldv, sum, ld_sum, heads, ld_sum, count, true);
+}
+
+/// o and lse of a row of sums.
+template <class T>
+void finish_step(const View<T, 4>& o, const View<acc_t<T>, 3>& lse, Score score, Index b, Index i, Index h, const acc_t<T>* sum, Index dim,
+                 const Running<acc_t<T>>& running, Index row) {
     using A = acc_t<T>;
-    const Shape s = shape_of(state, token);
+    const A l = running.sum[row], factor = score == Score::softmax ? normalizer(l) : A(1);
+    for (Index d = 0; d < dim; ++d) o(b, i, h, d) = static_cast<T>(sum[d] * factor);
+    if (lse) lse(b, i, h) = l == A(0) ? -std::numeric_limits<A>::infinity() : running.largest[row] + std::log(l);
+}
+
+/// Decoding: every key/value head of every batch row is a task, which reads its cache once for all
+/// query heads of the group and all tokens.
+template <class T>
+void cached_step(const cpu& exec, const Options& options, const State<T>& state, const Tokens<T>& tokens,
+                 const TokensOut<T>& out, Workspace ws) {
+    using A = acc_t<T>;
+    const Shape s = shape_of(state, tokens);
+    const CacheRows rows = cache_rows(state);
     const Isa isa = exec.isa;
-    const Index length = state.length, group = s.group();
+    const Index group = s.group();
     const Index ldk = padded(s.head_dim), ldv = padded(s.value_dim);
-    const RowRange read = keys_read(options, length, length + 1);  // eq. 5
     const A scale = static_cast<A>(scale_of(options, s.head_dim));
     const std::size_t each = TiledWorkspace<A>::bytes(s, pass::step);
-    const double work = static_cast<double>(s.batch * s.query_heads) *
-                        static_cast<double>(read.end - read.begin) *
-                        static_cast<double>(s.head_dim + s.value_dim);
-
-    // Rows of a cache that are already what the kernel reads stay where they are.
-    const auto rows_at = [&](const View<T, 4>& x, Index b, Index first, Index h, Index count, A* copy,
-                             Index& ld) {
-        const Index dim = x.extent[3];
-        ld = padded(dim);
-        if (dim == 0) return static_cast<const A*>(copy);
-        const T* at = &x(b, first, h, 0);
-        if constexpr (std::is_same_v<T, A>)
-            if (x.stride[3] == 1 && dim % pad == 0) {
-                ld = x.stride[1];
-                return static_cast<const A*>(at);
-            }
-        simd::run_body<LoadRows<T>>(isa, at, x.stride[1], x.stride[3], count, dim, A(1), copy, ld, ld);
-        return static_cast<const A*>(copy);
-    };
+    const double work = step_scores(options, s, rows) * static_cast<double>(s.head_dim + s.value_dim);
 
     parallel_for(s.batch * s.kv_heads, threads_for(work, exec.threads), [&](Index task, int worker) {
-        const Index b = task / s.kv_heads, kv = task % s.kv_heads;
+        const Index b = task / s.kv_heads, kv = task % s.kv_heads, length = rows.length_of(b), end = length + s.queries;
         Arena arena(worker_memory(ws, 0, each, worker));
         const StepScratch<A> w(arena, s);
-        for (Index d = 0; d < s.head_dim; ++d) state.k(b, length, kv, d) = token.k(b, kv, d);
-        for (Index d = 0; d < s.value_dim; ++d) state.v(b, length, kv, d) = token.v(b, kv, d);
-        for (Index g = 0; g < group; ++g) {
-            const Index h = kv * group + g;
-            for (Index d = 0; d < ldk; ++d)
-                w.q[g * ldk + d] = d < s.head_dim ? scale * static_cast<A>(token.q(b, h, d)) : A(0);
-            for (Index d = 0; d < ldv; ++d) w.sum[g * ldv + d] = A(0);
-            w.bias[g] = token.bias ? token.bias(h) : static_cast<A>(options.bias);
-            w.running.largest[g] = -std::numeric_limits<A>::infinity();
-            w.running.sum[g] = A(0);
-        }
-        for (Index j = read.begin; j < read.end; j += inner_block) {
-            const Index rows = read.end - j < inner_block ? read.end - j : inner_block;
-            Index k_stride, v_stride;
-            const A* k = rows_at(state.k, b, j, kv, rows, w.k, k_stride);
-            const A* v = rows_at(state.v, b, j, kv, rows, w.v, v_stride);
-            const A* q = w.q;
-            const A* bias = w.bias;
-            if (options.score == Score::softmax) {
-                simd::run_body<StepScores<A, Score::softmax>>(isa, q, group, ldk, k, k_stride, rows, w.scores,
-                                                              bias, w.running);
-                simd::run_body<ScaleRows<A>>(isa, w.sum, group, ldv, static_cast<const A*>(w.running.shrink));
-            } else {
-                simd::run_body<StepScores<A, Score::sigmoid>>(isa, q, group, ldk, k, k_stride, rows, w.scores,
-                                                              bias, w.running);
+        for (Index i = 0; i < s.queries; ++i) {
+            const CacheRows::Place at = rows.place(b, length + i);
+            for (Index d = 0; d < s.head_dim; ++d) state.k(at.batch, at.row, kv, d) = tokens.k(b, i, kv, d);
+            for (Index d = 0; d < s.value_dim; ++d) state.v(at.batch, at.row, kv, d) = tokens.v(b, i, kv, d);
+            for (Index n = 0; n < group; ++n) {
+                const Index h = kv * group + n, row = i * group + n;
+                for (Index d = 0; d < ldk; ++d)
+                    w.q[row * ldk + d] = d < s.head_dim ? scale * static_cast<A>(tokens.q(b, i, h, d)) : A(0);
+                for (Index d = 0; d < ldv; ++d) w.sum[row * ldv + d] = A(0);
+                w.bias[row] = tokens.bias ? tokens.bias(h) : static_cast<A>(options.bias);
+                w.running.largest[row] = -std::numeric_limits<A>::infinity();
+                w.running.sum[row] = A(0);
             }
-            multiply<A>(isa, w.scores, inner_block, 1, v, v_stride, w.sum, ldv, group, ldv, rows, true);
         }
-        for (Index g = 0; g < group; ++g) {
-            const A factor = options.score == Score::softmax ? normalizer(w.running.sum[g]) : A(1);
-            for (Index d = 0; d < s.value_dim; ++d)
-                out.o(b, kv * group + g, d) = static_cast<T>(w.sum[g * ldv + d] * factor);
+        for (Index j = s.queries > 0 ? keys_read(options, length, end).begin : end; j < end; j += inner_block) {
+            const Index count = end - j < inner_block ? end - j : inner_block;
+            Index k_stride = ldk, v_stride = ldv;
+            const A* k = rows_of_cache(isa, rows, state.k, b, j, kv, count, w.k, k_stride);
+            const A* v = rows_of_cache(isa, rows, state.v, b, j, kv, count, w.v, v_stride);
+            for (Index i = 0; i < s.queries; ++i) {
+                const RowRange read = keys_read(options, length + i, end);  // eq. 5
+                const RowRange keys{read.begin > j ? read.begin : j, read.end < j + count ? read.end : j + count};
+                const Index row = i * group;
+                if (keys.begin < keys.end)
+                    step_tile(isa, options.score, static_cast<const A*>(w.q + row * ldk), group, ldk, k, k_stride, v, v_stride, j,
+                              keys, w.scores, static_cast<const A*>(w.bias + row), w.running.from(row), w.sum + row * ldv, ldv);
+            }
         }
+        for (Index i = 0; i < s.queries; ++i)
+            for (Index n = 0; n < group; ++n)
+                finish_step(out.o, out.lse, options.score, b, i, kv * group + n, w.sum + (i * group + n) * ldv, s.value_dim,
+                            w.running, i * group + n);
     });
 }
 

@@ -25,13 +25,18 @@ __device__ A over_block(A x) {
     return x;
 }
 
-/// The product of two rows.
+/// The product of two rows, the second in batch row `of_y`.
 template <class A, class T>
-__device__ A dot(const View<const T, 4>& x, Index b, Index i, Index h, const View<const T, 4>& y, Index j, Index kv) {
+__device__ A dot(const View<const T, 4>& x, Index b, Index i, Index h, const View<const T, 4>& y, Index of_y, Index j, Index kv) {
     A sum = 0;
-    const T *left = &x(b, i, h, 0), *right = &y(b, j, kv, 0);
+    const T *left = &x(b, i, h, 0), *right = &y(of_y, j, kv, 0);
     for (Index d = 0; d < x.extent[3]; ++d) sum += device::load_as<A>(left[d * x.stride[3]]) * device::load_as<A>(right[d * y.stride[3]]);
     return sum;
+}
+
+template <class A, class T>
+__device__ A dot(const View<const T, 4>& x, Index b, Index i, Index h, const View<const T, 4>& y, Index j, Index kv) {
+    return dot<A>(x, b, i, h, y, b, j, kv);
 }
 
 /// A policy's channels for the simple kernels, any number of them, stored without decay.
