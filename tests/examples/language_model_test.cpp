@@ -270,6 +270,34 @@ TEST(SisaMixer, GradientMatchesFiniteDifferences) {
     compare("x", x, dx);
 }
 
+// A step of training on the ends of windows: what comes before is read, and not judged.
+TEST(Judged, OnlyTheLastPredictionsOfAWindowCount) {
+    ModelConfig config = tiny_config();
+    config.judged = 3;
+    const Text text = tiny_text();
+    Random random(7);
+    Model model(config, all_mixers().front(), random);
+    Windows windows(config);
+    for (int w = 0; w < 2; ++w) windows.add(text.random_window(random));
+    const Matrix logits = model.forward(windows.bytes(), windows.batch(), false);
+    double nats = 0.0;
+    for (Index w = 0; w < 2; ++w)
+        for (Index t = config.context - 3; t < config.context; ++t) {
+            const Index row = w * config.context + t;
+            const auto l = logits.row(row).cast<double>().array();
+            nats += std::log(l.exp().sum()) - l(windows.targets()[static_cast<std::size_t>(row)]);
+        }
+    EXPECT_NEAR(model.loss(windows.bytes(), windows.targets(), windows.batch(), true), nats / 6.0, 1e-5);
+
+    std::vector<std::uint8_t> targets(windows.targets().begin(), windows.targets().end());
+    model.backward();
+    const Matrix gradient = model.parameters().front()->gradient;
+    targets[0] ^= 1;
+    model.loss(windows.bytes(), targets, windows.batch(), true);
+    model.backward();
+    EXPECT_EQ(gradient, model.parameters().front()->gradient);
+}
+
 TEST(Text, Splits) {
     const Text text = tiny_text();
     const auto context = static_cast<std::size_t>(tiny_config().context);
