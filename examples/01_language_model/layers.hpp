@@ -218,13 +218,19 @@ class Embedding {
 };
 
 /// Replaces logits by the gradient of the mean cross-entropy with respect to them, softmax(logits) -
-/// onehot(target), and returns that mean, in nats.
-inline double cross_entropy(Matrix& logits, std::span<const std::uint8_t> targets) {
-    const float share = 1.0f / static_cast<float>(logits.rows());
+/// onehot(target), and returns that mean, in nats. Of every `length` rows only the last `judged` count.
+inline double cross_entropy(Matrix& logits, std::span<const std::uint8_t> targets, Index length,
+                            Index judged) {
+    const Index counted = logits.rows() / length * judged;
+    const float share = 1.0f / static_cast<float>(counted);
     double loss = 0.0;
     for (Index r = 0; r < logits.rows(); ++r) {
-        const Index target = targets[static_cast<std::size_t>(r)];
         auto row = logits.row(r).array();
+        if (r % length < length - judged) {
+            row.setZero();
+            continue;
+        }
+        const Index target = targets[static_cast<std::size_t>(r)];
         const float top = row.maxCoeff(), wanted = row(target) - top;
         row = (row - top).exp();
         const float sum = row.sum();
@@ -232,7 +238,7 @@ inline double cross_entropy(Matrix& logits, std::span<const std::uint8_t> target
         row *= share / sum;
         row(target) -= share;
     }
-    return loss / static_cast<double>(logits.rows());
+    return loss / static_cast<double>(counted);
 }
 
 }  // namespace demo

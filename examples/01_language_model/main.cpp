@@ -8,8 +8,6 @@
 #include <string>
 #include <vector>
 
-#include <unistd.h>
-
 #include <CLI/CLI.hpp>
 
 #include "checkpoint.hpp"
@@ -39,14 +37,6 @@ void listen_for_signals() {
         SA_RESTART | static_cast<int>(SA_RESETHAND);  // a second Ctrl-C ends the program at once
     sigaction(SIGINT, &action, nullptr);
     sigaction(SIGTERM, &action, nullptr);
-}
-
-/// Makes threads that wait sleep instead of spin, which would take the processor from the one they wait
-/// for whenever another program is running too. OpenMP reads this as the program starts, so it starts again.
-void let_waiting_threads_sleep(char** argv) {
-    if (std::getenv("OMP_WAIT_POLICY") != nullptr) return;
-    setenv("OMP_WAIT_POLICY", "passive", 0);
-    execv("/proc/self/exe", argv);  // returns only where it cannot be done; then we do without
 }
 
 struct Arguments {

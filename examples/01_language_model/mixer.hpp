@@ -27,6 +27,7 @@ struct MixerConfig {
 struct Batch {
     Index sequences = 0;
     Index length = 0;
+    Index judged = length;  // last positions of each sequence, whose predictions the loss counts
     Index rows() const { return sequences * length; }
 };
 

@@ -18,9 +18,10 @@ struct ModelConfig {
     Index blocks = 2;
     Index heads = 3;
     Index modes = 16;
-    Index context = 128;  // bytes of one training window
-    Index batch = 4;      // windows of one step,
-    Index replicas = 4;   // shared out among this many copies of the model (see train.hpp)
+    Index context = 128;     // bytes of one training window,
+    Index judged = context;  // of which the loss counts the last so many predictions
+    Index batch = 4;         // windows of one step,
+    Index replicas = 4;      // shared out among this many copies of the model (see train.hpp)
     double peak_rate = 6e-3;
 
     bool operator==(const ModelConfig&) const = default;
@@ -125,11 +126,11 @@ class Model {
         return logits_;
     }
 
-    /// Mean cross-entropy, in nats, of `targets` under those logits.
+    /// Mean cross-entropy, in nats, of the judged `targets` under those logits.
     double loss(std::span<const std::uint8_t> bytes, std::span<const std::uint8_t> targets, Batch batch,
                 bool train) {
         forward(bytes, batch, train);
-        return cross_entropy(logits_, targets);
+        return cross_entropy(logits_, targets, batch.length, batch.judged);
     }
 
     /// Fills the gradient of every parameter, after loss() with `train`.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <numbers>
@@ -12,6 +13,8 @@
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include <unistd.h>
 
 #include <interstate/cpu/parallel.hpp>
 
@@ -63,7 +66,8 @@ inline double now() {
 /// Windows below each other: what is read, and what is to be predicted, the same one byte later.
 class Windows {
   public:
-    explicit Windows(const ModelConfig& config) : length_(static_cast<std::size_t>(config.context)) {}
+    explicit Windows(const ModelConfig& config)
+        : length_(static_cast<std::size_t>(config.context)), judged_(config.judged) {}
 
     void clear() {
         bytes_.clear();
@@ -77,11 +81,13 @@ class Windows {
     Bytes targets() const { return targets_; }
     Batch batch() const {
         return {.sequences = static_cast<Index>(bytes_.size() / length_),
-                .length = static_cast<Index>(length_)};
+                .length = static_cast<Index>(length_),
+                .judged = judged_};
     }
 
   private:
     std::size_t length_;
+    Index judged_;
     std::vector<std::uint8_t> bytes_, targets_;
 };
 
@@ -92,6 +98,14 @@ inline void use_threads(int threads) {
 #else
     (void)threads;
 #endif
+}
+
+/// Makes threads that wait sleep instead of spin, which would take the processor from the one they wait
+/// for whenever another program is running too. OpenMP reads this as the program starts, so it starts again.
+inline void let_waiting_threads_sleep(char** argv) {
+    if (std::getenv("OMP_WAIT_POLICY") != nullptr) return;
+    setenv("OMP_WAIT_POLICY", "passive", 0);
+    execv("/proc/self/exe", argv);  // returns only where it cannot be done; then we do without
 }
 
 /// Copies of a model that share a batch among them, as several GPUs would: each reads its own windows

@@ -51,7 +51,7 @@ refuses 'steps' "${small[@]}" --steps many
 refuses 'threads' --text text.txt --threads 0
 refuses 'sample' --text text.txt --sample -1
 refuses 'seed' "${small[@]}" --seed -3
-refuses 'mixer blender: unknown, must be one of s4d, softmax, interdomain, s4d_only' "${small[@]}" --mixer blender
+refuses 'mixer blender: unknown, must be one of s4d, softmax, sisa, interdomain, s4d_only' "${small[@]}" --mixer blender
 refuses 'given twice' "${small[@]}" --mixer s4d --mixer s4d
 refuses 'all|mixer' "${small[@]}" --all --mixer s4d
 

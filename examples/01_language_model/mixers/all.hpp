@@ -4,6 +4,7 @@
 #include "interdomain.hpp"
 #include "s4d.hpp"
 #include "s4d_only.hpp"
+#include "sisa.hpp"
 #include "softmax.hpp"
 
 namespace demo {
@@ -17,6 +18,8 @@ inline const std::vector<MixerEntry>& all_mixers() {
     static const std::vector<MixerEntry> entries{
         {"s4d", "diagonal state space layer, gated", true, make_mixer<S4dMixer>},
         {"softmax", "causal softmax attention, rotary positions", true, make_mixer<SoftmaxMixer>},
+        {"sisa", "SISA: softmax attention with an importance from a state space model", true,
+         make_mixer<SisaMixer>},
         {"interdomain", "Interdomain Attention: queries read a compressed past", true,
          make_mixer<InterdomainMixer>},
         {"s4d_only", "ablation of interdomain: its recurrence without queries, keys and values", true,
