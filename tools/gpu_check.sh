@@ -15,9 +15,9 @@ set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 # Sections of benchmarks/peers/torch_gpu.py that stand beside our kernels.
-peers=(attention s4d s4d_sweep interdomain)
+peers=(attention sisa s4d s4d_sweep interdomain)
 # Operators with a cuda executor, whose golden cases are replayed on it.
-golden=(attention interdomain s4d)
+golden=(attention interdomain s4d sisa)
 
 build() {
     cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON "-DINTERSTATE_CUDA_ARCHITECTURES=${INTERSTATE_GPU_ARCHITECTURES:-90a}" -DINTERSTATE_BUILD_TOOLS=ON -DINTERSTATE_BUILD_EXAMPLES=OFF &&

@@ -13,6 +13,7 @@
 #include <sisa/sisa.cuh>
 
 #include "../support/cuda_bench.cuh"
+#include "cuda_decode.cuh"
 
 namespace {
 
@@ -163,10 +164,14 @@ void run(const Sizes& s, const Ceilings& ceilings) {
 
 }  // namespace
 
-/// `cuda_bench brief` leaves the sweeps out.
+/// `cuda_bench brief` leaves the sweeps out, `cuda_bench decode` has the steps alone.
 int main(int argc, char** argv) {
     if (!bench::has_device()) return bench::skipped;
     const Ceilings c = bench::measure_ceilings();
+    if (argc > 1 && std::strcmp(argv[1], "decode") == 0) {
+        bench::decode_sisa(c);
+        return 0;
+    }
     run<bf16>({4, 4096, 32, 64, 16}, c);
     run<bf16>({4, 4096, 32, 64, 64}, c);
     run<bf16>({2, 16384, 32, 64, 16}, c);
@@ -181,6 +186,7 @@ int main(int argc, char** argv) {
     run<f16>({4, 4096, 32, 64, 16}, c);
     run<bf16>({4, 4096, 32, 128, 64}, c);
     run<f64>({1, 1024, 8, 64, 16}, c);
+    bench::decode_sisa(c);
     for (Index L = 256; L <= 65536; L *= 2) run<bf16>({1, L, 32, 64, 16}, c);
     return 0;
 }

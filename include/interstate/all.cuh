@@ -11,3 +11,4 @@
 #include <interdomain/interdomain.cuh>
 #include <random_features/random_features.cuh>
 #include <s4d/s4d.cuh>
+#include <sisa/sisa.cuh>

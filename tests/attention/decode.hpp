@@ -130,7 +130,7 @@ struct Decode {
     attention::State<T> state(Memory&& at) {
         attention::State<T> x{.k = view(at(cache_k), {cache_batch, cache_rows, sizes.kv_heads, sizes.head_dim}),
                               .v = view(at(cache_v), {cache_batch, cache_rows, sizes.kv_heads, sizes.value_dim}),
-                              .length = -1,
+                              .length = sizes.lengths.empty() ? 0 : -1,
                               .lengths = view(static_cast<const std::int32_t*>(at(sizes.lengths)), {batch()})};
         if (sizes.page_size > 0)
             x.block_table = view(static_cast<const std::int32_t*>(at(table)), {batch(), sizes.capacity / sizes.page_size});

@@ -118,7 +118,7 @@ void sizes(Checks& checks) {
 void decays(Checks& checks) {
     for (const double half_life : {0.02, 0.3, 5.0, 1000.0})
         for (const bool resets : {false, true}) {
-            SisaDecodeSizes s = sized(600, 3, 4, 2, 64, 16, {597, 300, 2}, 16);
+            SisaDecodeSizes s = sized(608, 3, 4, 2, 64, 16, {597, 300, 2}, 16);
             s.half_life = half_life;
             s.resets = resets;
             every_dtype(checks, s, {}, 8);

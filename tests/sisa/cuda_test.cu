@@ -56,7 +56,7 @@ void expect_close(Checks& checks, const Case& c, const Options& options = {}, Ru
     std::string beyond;
     for (const TensorError& e : compare(got, want)) {
         const HostTensor& exact = want.tensors.at(e.name);
-        constexpr double roundings = std::is_same_v<T, bf16> ? 2.0 * 0x1p-9 : 2.0 * 0x1p-12;
+        constexpr double roundings = std::is_same_v<T, bf16> ? 2.0 * 0x1p-8 : 2.0 * 0x1p-11;
         double bound = sizeof(T) == 8 ? 1e-11 : sizeof(T) == 4 ? 1e-5 : roundings;
         const double own = norm(exact);
         if (own > 0.0) bound *= size_of_terms(in, want, e.name) / own;

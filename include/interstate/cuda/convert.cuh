@@ -71,27 +71,49 @@ __device__ void unpack(const Pair<T>& pair, acc_t<T>& x, acc_t<T>& y) {
     }
 }
 
-/// Two elements of a tensor, `stride` apart, at once where they lie so.
-template <class T>
-__device__ bool side_by_side(const T* at, Index stride) {
-    return stride == 1 && reinterpret_cast<std::uintptr_t>(at) % sizeof(Pair<T>) == 0;
+/// Whether n elements of a tensor, `stride` apart, of which `count` are there, can be moved 16 bytes at once.
+template <int n, class T>
+__device__ bool are_wide(const T* at, Index stride, int count) {
+    return stride == 1 && count >= n && reinterpret_cast<std::uintptr_t>(at) % 16 == 0;
 }
-template <class T>
-__device__ void load_two(const T* from, Index stride, acc_t<T>& x, acc_t<T>& y) {
-    if (side_by_side(from, stride)) {
-        unpack<T>(*reinterpret_cast<const Pair<T>*>(from), x, y);
+/// Such elements, zeros for those that are not there.
+template <int n, class T>
+__device__ void load_row(const T* from, Index stride, int count, acc_t<T> (&x)[n]) {
+    constexpr int pairs = 16 / static_cast<int>(sizeof(Pair<T>));
+    if (are_wide<n>(from, stride, count)) {
+        struct alignas(16) Chunk {
+            Pair<T> pair[pairs];
+        };
+#pragma unroll
+        for (int i = 0; i < n; i += 2 * pairs) {
+            const Chunk chunk = *reinterpret_cast<const Chunk*>(from + i);
+#pragma unroll
+            for (int k = 0; k < pairs; ++k) unpack<T>(chunk.pair[k], x[i + 2 * k], x[i + 2 * k + 1]);
+        }
     } else {
-        x = load_as<acc_t<T>>(from[0]);
-        y = load_as<acc_t<T>>(from[stride]);
+#pragma unroll
+        for (int i = 0; i < n; ++i) x[i] = i < count ? load_as<acc_t<T>>(from[i * stride]) : acc_t<T>(0);
     }
 }
-template <class T>
-__device__ void store_two(T* to, Index stride, acc_t<T> x, acc_t<T> y) {
-    if (side_by_side(to, stride)) {
-        *reinterpret_cast<Pair<T>*>(to) = pack<T>(x, y);
+/// The way back, of those that are there.
+template <int n, class T>
+__device__ void store_row(T* to, Index stride, int count, const acc_t<T> (&x)[n]) {
+    constexpr int pairs = 16 / static_cast<int>(sizeof(Pair<T>));
+    if (are_wide<n>(to, stride, count)) {
+        struct alignas(16) Chunk {
+            Pair<T> pair[pairs];
+        };
+#pragma unroll
+        for (int i = 0; i < n; i += 2 * pairs) {
+            Chunk chunk;
+#pragma unroll
+            for (int k = 0; k < pairs; ++k) chunk.pair[k] = pack<T>(x[i + 2 * k], x[i + 2 * k + 1]);
+            *reinterpret_cast<Chunk*>(to + i) = chunk;
+        }
     } else {
-        to[0] = store_as<T>(x);
-        to[stride] = store_as<T>(y);
+#pragma unroll
+        for (int i = 0; i < n; ++i)
+            if (i < count) to[i * stride] = store_as<T>(x[i]);
     }
 }
 

@@ -30,12 +30,20 @@ struct Chunk {
     int first, count, length;     // position of the first token, tokens here, tokens of the sequence
 };
 __device__ inline bool find_chunk(Chunk& at, const Shape& s, const View<const std::int32_t, 1>& cu, const Chunks& chunks, Index slot) {
-    at.sequence = device::recurrence_of(cu, chunks.sequences, s.keys, slot, chunk_tokens);
-    const RowRange rows = device::checked_rows(cu, at.sequence, s.keys);
-    at.batch = s.packed() ? 0 : at.sequence;
-    at.row0 = rows.begin;
-    at.length = static_cast<int>(rows.end - rows.begin);
-    at.first = static_cast<int>(slot - device::first_tile(cu, at.sequence, s.keys, chunk_tokens)) * chunk_tokens;
+    if (!s.packed()) {
+        const auto of_each = static_cast<unsigned>(chunks.of_each), number = static_cast<unsigned>(slot);
+        at.sequence = at.batch = number / of_each;
+        at.row0 = 0;
+        at.length = static_cast<int>(s.keys);
+        at.first = static_cast<int>(number % of_each) * chunk_tokens;
+    } else {
+        at.sequence = device::recurrence_of(cu, chunks.sequences, s.keys, slot, chunk_tokens);
+        const RowRange rows = device::checked_rows(cu, at.sequence, s.keys);
+        at.batch = 0;
+        at.row0 = rows.begin;
+        at.length = static_cast<int>(rows.end - rows.begin);
+        at.first = static_cast<int>(slot - device::first_tile(cu, at.sequence, s.keys, chunk_tokens)) * chunk_tokens;
+    }
     at.count = min(chunk_tokens, at.length - at.first);
     return at.first >= 0 && at.count > 0;
 }
@@ -67,9 +75,11 @@ template <class F>
 __device__ void each_pair(int tokens, int width, F&& f) {
     if (width <= 0) return;
     const unsigned side = min(width, chunk_threads);
-    const int rows = chunk_threads / side, first = threadIdx.x / side;
+    const bool shifts = (side & (side - 1)) == 0;  // division is slow
+    const unsigned by = __ffs(static_cast<int>(side)) - 1, row = shifts ? threadIdx.x >> by : threadIdx.x / side;
+    const int rows = shifts ? chunk_threads >> by : chunk_threads / side, first = static_cast<int>(row);
     if (first >= rows) return;
-    for (int n = threadIdx.x % side; n < width; n += chunk_threads)
+    for (int n = static_cast<int>(threadIdx.x - row * side); n < width; n += chunk_threads)
         for (int token = first; token < tokens; token += rows) f(token, n);
 }
 /// Rows of one head from a chunk's first token on.
@@ -127,9 +137,10 @@ struct Steps {
     __device__ void run(int columns, F&& to) const {
         static_assert(chunk_tokens == 64);
         const int lane = threadIdx.x % 32, segment = lane / 4;
-        for (int column = static_cast<int>(threadIdx.x) / 32 * 4 + lane % 4; column - lane % 4 < columns; column += chunk_threads / 8) {
+        for (int i = static_cast<int>(threadIdx.x) / 32 * 4 + lane % 4; i - lane % 4 < columns; i += chunk_threads / 8) {
+            const int column = i + 1 < columns ? i + 1 : 0;  // the angles first, which are most of the work
             double sums[8], sum = 0.0;
-            if (column < columns)
+            if (i < columns)
 #pragma unroll
                 for (int k = 0; k < 8; ++k) sums[k] = sum += (*this)(8 * segment + k, column);
             double reached = sum;
@@ -139,7 +150,7 @@ struct Steps {
                 if (segment >= step) reached += further;
             }
             const double before = __shfl_up_sync(0xffffffffu, reached, 4), total = __shfl_sync(0xffffffffu, reached, 28 + lane % 4);
-            if (column < columns)
+            if (i < columns)
 #pragma unroll
                 for (int k = 0; k < 8; ++k) to(column, 8 * segment + k, segment > 0 ? before + sums[k] : sums[k], total);
         }
@@ -151,6 +162,7 @@ template <class A>
 struct Turn {
     A cos, sin;
     Turn() = default;
+    __device__ Turn(A cos_, A sin_) : cos(cos_), sin(sin_) {}
     __device__ explicit Turn(double angle) {
         if constexpr (sizeof(A) == 8) {
             sincos(angle, &sin, &cos);
@@ -184,12 +196,13 @@ __global__ __launch_bounds__(chunk_threads) void chunk_sums_kernel(const __grid_
             smallest = fmin(smallest, sum);
         }
     });
-    if (!p.published || threadIdx.x >= 32) return;
+    // The warp that has column 0, see run().
+    if (!p.published || static_cast<int>(threadIdx.x) / 32 != (p.columns - 1) / 4 % (chunk_threads / 32)) return;
     for (int step = 16; step > 0; step /= 2) {
         largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, step));
         smallest = fmin(smallest, __shfl_xor_sync(0xffffffffu, smallest, step));
     }
-    if (threadIdx.x == 0) {
+    if (threadIdx.x % 32 == 0) {
         p.bounds_of(slot, kv)[0] = largest;
         p.bounds_of(slot, kv)[1] = smallest;
     }
@@ -355,25 +368,28 @@ __global__ __launch_bounds__(chunk_threads) void make_channels_kernel(const __gr
         p.key_level(at.batch, row + token, kv) = tables.key[token].level;
         if (token >= before) p.query_level(at.batch, query_row + token, kv) = tables.query[token].level;
     }
+    // Four pairs at once.
     const auto turned = [&](const HeadRows<const T>& from, const HeadRows<T>& to, int token, int n, A factor) {
-        A even = 0, odd = 0;
-        if (n < pairs) {
-            A x, y;
-            device::load_two(from(token, 2 * n), from.column, x, y);
-            const Turn<A> turn = tables.turn[token * tables.stride + n];
-            even = (x * turn.cos - y * turn.sin) * factor;
-            odd = (x * turn.sin + y * turn.cos) * factor;
+        A x[8], y[8];
+        device::load_row(from(token, 2 * n), from.column, 2 * (pairs - n), x);
+        const Turn<A>* const turn = tables.turn + token * tables.stride + n;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const Turn<A> by = n + k < pairs ? turn[k] : Turn<A>{A(0), A(0)};
+            y[2 * k] = (x[2 * k] * by.cos - x[2 * k + 1] * by.sin) * factor;
+            y[2 * k + 1] = (x[2 * k] * by.sin + x[2 * k + 1] * by.cos) * factor;
         }
-        *reinterpret_cast<device::Pair<T>*>(to(token, 2 * n)) = device::pack<T>(even, odd);
+        device::store_row(to(token, 2 * n), 1, 2 * (stored - n), y);
     };
+    const int fours = (stored + 3) / 4;
     const HeadRows<T> b(p.b, at.batch, row, kv);
-    each_pair(at.count, stored, [&](int token, int n) { turned(B, b, token, n, tables.key[token].factor); });
+    each_pair(at.count, fours, [&](int token, int n) { turned(B, b, token, 4 * n, tables.key[token].factor); });
     for (Index h = kv * group; h < (kv + 1) * group; ++h) {
         const A strength = p.pairwise ? A(1) : p.strength[h] / p.scale;
         const HeadRows<const T> C(p.in.C, at.batch, query_row, h);
         const HeadRows<T> c(p.c, at.batch, query_row, h);
-        each_pair(at.count, stored, [&](int token, int n) {
-            if (token >= before) turned(C, c, token, n, tables.query[token].factor * strength);
+        each_pair(at.count, fours, [&](int token, int n) {
+            if (token >= before) turned(C, c, token, 4 * n, tables.query[token].factor * strength);
         });
     }
 }

@@ -80,22 +80,42 @@ __global__ __launch_bounds__(chunk_threads) void channel_gradients_kernel(const 
     }
     const auto& tables = ChunkTables<T>::make(memory, p, at, slot, kv);
 
-    // Back to the pair before rotation, over `strength`.
-    const auto turn_back = [&](const HeadRows<T>& out, int token, int n, const Turn<A>& by, A dx, A dy, A strength) {
-        if (out) device::store_two(out(token, 2 * n), out.column, (dx * by.cos + dy * by.sin) * strength, (dy * by.cos - dx * by.sin) * strength);
+    // Four pairs at once: back to what was before rotation, times `strength`.
+    struct Turns {
+        Turn<A> by[4];
     };
-    each_pair(chunk_tokens, pairs, [&](int token, int n) {
-        double turned = 0.0, pulled = 0.0;
-        if (token < at.count) {
-            A x, y, dx, dy;
-            device::load_two<T>(b(token, 2 * n), 1, x, y);
-            device::load_two<A>(db(token, 2 * n), 1, dx, dy);
-            turn_back(dB, token, n, tables.turn[token * tables.stride + n], dx, dy, tables.key[token].factor);
-            turned = static_cast<double>(x) * dy - static_cast<double>(y) * dx;
-            pulled = -(static_cast<double>(x) * dx + static_cast<double>(y) * dy);
+    const auto turns_at = [&](int token, int n) {
+        Turns turns;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) turns.by[k] = n + k < pairs ? tables.turn[token * tables.stride + n + k] : Turn<A>(A(0), A(0));
+        return turns;
+    };
+    const auto turn_back = [&](const HeadRows<T>& out, int token, int n, const Turns& turns, const A(&d)[8], A strength) {
+        if (!out) return;
+        A y[8];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            const Turn<A> by = turns.by[k];
+            y[2 * k] = (d[2 * k] * by.cos + d[2 * k + 1] * by.sin) * strength;
+            y[2 * k + 1] = (d[2 * k + 1] * by.cos - d[2 * k] * by.sin) * strength;
         }
-        turn[token * stride + n] = turned;
-        pull[token * stride + n] = pulled;
+        device::store_row(out(token, 2 * n), out.column, 2 * (pairs - n), y);
+    };
+    const int fours = (pairs + 3) / 4;
+    each_pair(chunk_tokens, fours, [&](int token, int four) {
+        const int n = 4 * four;
+        A x[8] = {}, d[8] = {};
+        if (token < at.count) {
+            device::load_row(b(token, 2 * n), 1, 2 * (pairs - n), x);
+            device::load_row(db(token, 2 * n), 1, 2 * (pairs - n), d);
+            turn_back(dB, token, n, turns_at(token, n), d, tables.key[token].factor);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            if (n + k >= pairs) break;
+            turn[token * stride + n + k] = static_cast<double>(x[2 * k]) * d[2 * k + 1] - static_cast<double>(x[2 * k + 1]) * d[2 * k];
+            pull[token * stride + n + k] = -(static_cast<double>(x[2 * k]) * d[2 * k] + static_cast<double>(x[2 * k + 1]) * d[2 * k + 1]);
+        }
     });
     for (Index h = kv * group; h < (kv + 1) * group; ++h) {
         const A lambda = p.strength[h];
@@ -104,19 +124,30 @@ __global__ __launch_bounds__(chunk_threads) void channel_gradients_kernel(const 
         const HeadRows<const A> dc(to.dc, at.batch, query_row, h);
         const HeadRows<const T> C(p.in.C, at.batch, query_row, h);
         double sum = 0.0;
-        each_pair(at.count, pairs, [&](int token, int n) {
+        each_pair(at.count, fours, [&](int token, int four) {
             if (token < before) return;
-            A x, y, dx, dy;
-            device::load_two<T>(c(token, 2 * n), 1, x, y);
-            device::load_two<A>(dc(token, 2 * n), 1, dx, dy);
+            const int n = 4 * four;
+            A x[8], d[8];
+            device::load_row(c(token, 2 * n), 1, 2 * (pairs - n), x);
+            device::load_row(dc(token, 2 * n), 1, 2 * (pairs - n), d);
             const A factor = tables.query[token].factor;
-            const Turn<A> by = tables.turn[token * tables.stride + n];
-            turn_back(dC, token, n, by, dx, dy, factor * lambda);
-            turn[token * stride + n] += times * (static_cast<double>(x) * dy - static_cast<double>(y) * dx);
-            pull[token * stride + n] += times * (static_cast<double>(x) * dx + static_cast<double>(y) * dy);
+            const Turns turns = turns_at(token, n);
+            turn_back(dC, token, n, turns, d, factor * lambda);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                if (n + k >= pairs) break;
+                turn[token * stride + n + k] += times * (static_cast<double>(x[2 * k]) * d[2 * k + 1] - static_cast<double>(x[2 * k + 1]) * d[2 * k]);
+                pull[token * stride + n + k] += times * (static_cast<double>(x[2 * k]) * d[2 * k] + static_cast<double>(x[2 * k + 1]) * d[2 * k + 1]);
+            }
             // lambda's own: of C as given, since the strength in what is stored may be 0.
-            device::load_two(C(token, 2 * n), C.column, x, y);
-            sum += static_cast<double>(factor * ((x * by.cos - y * by.sin) * dx + (x * by.sin + y * by.cos) * dy));
+            device::load_row(C(token, 2 * n), C.column, 2 * (pairs - n), x);
+            A own = 0;
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const Turn<A> by = turns.by[k];
+                own += (x[2 * k] * by.cos - x[2 * k + 1] * by.sin) * d[2 * k] + (x[2 * k] * by.sin + x[2 * k + 1] * by.cos) * d[2 * k + 1];
+            }
+            sum += static_cast<double>(factor * own);
         });
         sum = sum_of_block(sum);
         if (threadIdx.x == 0) to.strength[slot * p.shape.query_heads + h] = sum;
