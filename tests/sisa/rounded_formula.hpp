@@ -164,9 +164,10 @@ Case formula_with_operands(const sisa::Options& o, const Case& c, Rounding&& ope
 }
 
 /// The formula of the 16-bit rule for storage T.
+/// `grid` moves the numbers that operands are rounded to: another sample of the same rounding.
 template <class T>
-Case rounded_formula(const sisa::Options& o, const Case& c) {
-    return formula_with_operands(o, c, [](double x) { return static_cast<double>(T(static_cast<float>(x))); });
+Case rounded_formula(const sisa::Options& o, const Case& c, double grid = 1.0) {
+    return formula_with_operands(o, c, [grid](double x) { return static_cast<double>(T(static_cast<float>(x * grid))) / grid; });
 }
 
 /// sqrt(sum over rows of (|x| |d|)^2), rows of the last axis.
@@ -191,7 +192,6 @@ inline double norm(const HostTensor& x) {
 inline bool is_parameter(const std::string& name) {
     return name == "out.lse" || name == "grad.log_alpha" || name == "grad.theta" || name == "grad.lam";
 }
-
 
 /// The size of what a result's error is compared with: its own; of sums over all that dC and dB make, whose terms cancel (eq. 22 and
 /// 23), with that of the terms.
