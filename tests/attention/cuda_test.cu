@@ -284,7 +284,7 @@ void determinism(Checks& checks) {
 }
 
 /// A guest that adds to scores: slope times distance, as in arXiv 2108.12409.
-struct Alibi {
+struct Alibi : attention::detail::Plain {
     static constexpr bool adds_term = true;
     float slope;
     __device__ float score_term(int head, int query_position, int key_position) const {
@@ -337,9 +337,9 @@ void policies(Checks& checks) {
     visit(grads, shape, allocate);
     Workspace ws{nullptr, workspace_size(gpu, options, shape, pass::backward)};
     checks.expect(memory.scratch("workspace", ws.size, ws.data).ok() && allocate.status.ok() && upload.status.ok(), "policy", "memory");
-    Status s = forward(gpu, options, inputs, out, Saved{}, Workspace{}, Alibi{0.05f});
+    Status s = forward(gpu, options, inputs, out, Saved{}, Workspace{}, Alibi{{}, 0.05f});
     checks.expect(s.ok(), "policy", s.message());
-    s = backward(gpu, options, inputs, out, Saved{}, upstream, grads, ws, Alibi{0.05f});
+    s = backward(gpu, options, inputs, out, Saved{}, upstream, grads, ws, Alibi{{}, 0.05f});
     checks.expect(s.ok(), "policy", s.message());
     Case got;
     interstate::detail::Download<interstate::cuda> download{memory, "out.", got, {}}, download_grads{memory, "grad.", got, {}};
