@@ -65,6 +65,8 @@ run() {
     for op in "${golden[@]}"; do
         for file in tests/golden/"$op".*.safetensors; do
             for dtype in f64 f32 f16 bf16; do
+                # exp(clamp) leaves float16's range; the test expects the refusal.
+                [[ $file == */sisa.published* && $dtype == f16 ]] && continue
                 # Its denominator changes sign: rounding the inputs alone moves the results by percents.
                 [[ $file == *.nadaraya_watson.* && $dtype != f64 ]] && continue
                 lines=1 step "golden.$(basename "$file" .safetensors).$dtype" \

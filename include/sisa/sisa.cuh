@@ -39,11 +39,18 @@ inline KernelChoice which_kernel(const cuda& exec, const Options& options, const
     return {"sisa.cuda.tiled", "tensor cores, where the device has the shared memory that a pass wants, else a row at a time"};
 }
 
+/// What `cuda` leaves to other executors: exp(+-clamp) times C or B leaves float16's range.
+inline Status check_supported(const Options& options, const Shape& s) {
+    if (options.mode != Mode::published || s.dtype != DType::f16 || s.state_dim == 0) return {};
+    return Status::error(StatusCode::unsupported, "options.mode is published, must be exact for float16 on cuda: exp(clamp) times C or B is not in its range");
+}
+
 /// As on the CPU. A launch error is a Status; cu_seqlens is checked on the device and reported in exec.flags.
 template <class T, class P>
 Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in, const Outputs<T>& out, Saved saved, Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out));
     const Shape s = shape_of(in);
+    INTERSTATE_RETURN_IF_ERROR(check_supported(options, s));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::forward)));
     if (saved.data) INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, s)));
     if (s.state_dim == 0) return forward(exec, attention_of(options), attention_of(in), attention::Outputs<T>{out.o, out.lse}, saved, ws);
@@ -60,6 +67,7 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
                 const Grads<T, P>& grads, Workspace ws) {
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out, upstream, grads));
     const Shape s = shape_of(in);
+    INTERSTATE_RETURN_IF_ERROR(check_supported(options, s));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, s)));
     if (s.state_dim == 0)

@@ -188,6 +188,10 @@ void run(Checks& checks, bool quick) {
         every_dtype(checks, make(s, 3));
         return;
     }
+    SisaCase published = sized(5, 2, 1, 8, 4);
+    Case unused;
+    const Status refused = run_case<Operator, f16, float>(gpu, {.mode = Mode::published}, make(published, 1), unused);
+    checks.expect(refused.code() == StatusCode::unsupported, "published in float16", refused.message());
     const Status null = forward(gpu, Options{}, sisa::Inputs<float>{}, sisa::Outputs<float>{}, Saved{}, Workspace{});
     checks.expect(null.code() == StatusCode::invalid_argument, "null q", null.message());
     lengths(checks);

@@ -140,8 +140,11 @@ __device__ void fetch_row(const device::Swizzled<T, 16, columns>& to, int row, c
     }
 }
 
-/// 2^(g of a query - g of a key); 1 where the query is before the key, so that what a mask leaves out stays finite.
-__device__ inline float decay_of(double query, double key) { return exp2_of(fminf(static_cast<float>(query - key), 0.0f)); }
+/// 2^(g of a query - g of a key); 1 where the query is before the key, so that what a mask leaves out stays finite. NaN stays NaN.
+__device__ inline float decay_of(double query, double key) {
+    const auto x = static_cast<float>(query - key);
+    return exp2_of(x > 0.0f ? 0.0f : x);
+}
 
 inline namespace INTERSTATE_KERNELS {
 

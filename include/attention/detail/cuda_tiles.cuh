@@ -58,6 +58,7 @@ __device__ inline bool find_place(Place& at, const Shape& s, const View<const st
         at.first = static_cast<int>(slot) * tile;
         return true;
     }
+    if (s.sequences == 0) return false;
     const Index sequence = device::recurrence_of(cu, s.sequences, rows, slot, tile);
     const RowRange range = device::checked_rows(cu, sequence, rows);
     at.batch = 0;
@@ -303,8 +304,11 @@ class Joints {
     __device__ bool steep(int query, int key) const {
         return queries_(query) != queries_(query / level_tile * level_tile) || keys_(key) != keys_(key / level_tile * level_tile);
     }
-    /// What joins any two rows, finite also where a mask will leave the pair out.
-    __device__ float between(int query, int key) const { return exp2_of(fminf(static_cast<float>(queries_(query) - keys_(key)), 126.0f)); }
+    /// What joins any two rows, finite also where a mask will leave the pair out. NaN stays NaN.
+    __device__ float between(int query, int key) const {
+        const auto x = static_cast<float>(queries_(query) - keys_(key));
+        return exp2_of(x > 126.0f ? 126.0f : x);
+    }
 
   private:
     Levels queries_, keys_;

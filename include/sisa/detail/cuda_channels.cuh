@@ -37,6 +37,7 @@ __device__ inline bool find_chunk(Chunk& at, const Shape& s, const View<const st
         at.length = static_cast<int>(s.keys);
         at.first = static_cast<int>(number % of_each) * chunk_tokens;
     } else {
+        if (s.sequences == 0) return false;
         at.sequence = device::recurrence_of(cu, chunks.sequences, s.keys, slot, chunk_tokens);
         const RowRange rows = device::checked_rows(cu, at.sequence, s.keys);
         at.batch = 0;
