@@ -20,8 +20,7 @@ inline std::size_t saved_size(const cuda&, const Options& options, const Shape& 
 inline std::size_t workspace_size(const cuda& exec, const Options& options, const Shape& s, pass which) {
     if (s.state_dim == 0) return workspace_size(exec, attention_of(options), attention_of(s), which);
     if (which == pass::step) return detail::step_workspace_size(options, s);
-    // Of the kernels that want most.
-    const Index padded = s.state_dim <= 16 ? 16 : s.state_dim <= 32 ? 32 : s.state_dim <= 64 ? 64 : s.state_dim <= 128 ? 128 : s.state_dim;
+    const Index padded = detail::stored_channels(s.state_dim);  // of the kernels that want most
     Arena arena;
     dispatch_dtype(s.dtype, [&](auto t) {
         detail::CudaWorkspace<decltype(t)>(arena, options, s, padded, which == pass::backward);
@@ -30,19 +29,32 @@ inline std::size_t workspace_size(const cuda& exec, const Options& options, cons
     return arena.required();
 }
 
-/// The kernels of a pass, if the current device has the shared memory for them.
+/// The kernels of forward and backward, on the current device.
 inline KernelChoice which_kernel(const cuda& exec, const Options& options, const Shape& s) {
     if (s.state_dim == 0) return which_kernel(exec, attention_of(options), attention_of(s));
     if (s.dtype == DType::f64) return {"sisa.cuda.simple", "float64: no tensor cores, a row at a time"};
     if (s.head_dim > 128 || s.value_dim > 128 || s.state_dim > 128)
         return {"sisa.cuda.simple", "heads or channels of more than 128 columns: no tensor cores, a row at a time"};
-    return {"sisa.cuda.tiled", "tensor cores, where the device has the shared memory that a pass wants, else a row at a time"};
+    const auto fits = [&](bool backward) {
+        bool tiled = false;
+        (void)dispatch_dtype(s.dtype, [&](auto t) { return detail::dispatch_channels<decltype(t)>(s, backward, [&](auto dim, auto) { return tiled = dim > 0, Status{}; }); });
+        return tiled;
+    };
+    if (fits(true)) return {"sisa.cuda.tiled", "tensor cores; 16 bytes at once where strides and alignment allow it, single elements otherwise"};
+    if (fits(false)) return {"sisa.cuda.tiled, backward simple", "a block of this device has too little shared memory for the tiles of backward: a row at a time"};
+    return {"sisa.cuda.simple", "a block of this device has too little shared memory for tiles: a row at a time"};
 }
 
-/// What `cuda` leaves to other executors: exp(+-clamp) times C or B leaves float16's range.
+/// What `cuda` leaves to other executors: exp(+-clamp) times C or B, and lambda C over a small scale, leave the range of what channels
+/// are stored in.
 inline Status check_supported(const Options& options, const Shape& s) {
-    if (options.mode != Mode::published || s.dtype != DType::f16 || s.state_dim == 0) return {};
-    return Status::error(StatusCode::unsupported, "options.mode is published, must be exact for float16 on cuda: exp(clamp) times C or B is not in its range");
+    if (s.state_dim == 0) return {};
+    if (options.mode == Mode::published && s.dtype == DType::f16)
+        return Status::error(StatusCode::unsupported, "options.mode is published, must be exact for float16 on cuda: exp(clamp) times C or B is not in its range");
+    const double least = s.dtype == DType::f16 ? 0x1p-10 : s.dtype == DType::f64 ? 0.0 : 0x1p-64;
+    if (options.scale != 0.0 && std::abs(options.scale) < least)
+        return Status::error(StatusCode::unsupported, "options.scale is %g, must be %g or more on cuda: lambda C is stored over it", options.scale, least);
+    return {};
 }
 
 /// As on the CPU. A launch error is a Status; cu_seqlens is checked on the device and reported in exec.flags.
@@ -53,7 +65,7 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T, P>& in,
     INTERSTATE_RETURN_IF_ERROR(check_supported(options, s));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::forward)));
     if (saved.data) INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, s)));
-    if (s.state_dim == 0) return forward(exec, attention_of(options), attention_of(in), attention::Outputs<T>{out.o, out.lse}, saved, ws);
+    if (s.state_dim == 0) return forward(exec, attention_of(options), attention_of(in), out, saved, ws);
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.keys));
     INTERSTATE_RETURN_IF_ERROR(zero_outside(exec, out.o, in.cu_seqlens));
@@ -71,8 +83,8 @@ Status backward(const cuda& exec, const Options& options, const Inputs<T, P>& in
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(check_memory("saved", saved.data, saved.size, saved_size(exec, options, s)));
     if (s.state_dim == 0)
-        return backward(exec, attention_of(options), attention_of(in), attention::Outputs<T>{out.o, out.lse}, saved,
-                        attention::Upstream<T>{upstream.o, upstream.lse}, attention::Grads<T>{grads.q, grads.k, grads.v}, ws);
+        return backward(exec, attention_of(options), attention_of(in), out, saved,
+                        upstream, attention::Grads<T>{grads.q, grads.k, grads.v}, ws);
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, s.keys));
     const auto outside = [&](const auto&... x) {
@@ -119,7 +131,7 @@ Status step(const cuda& exec, const Options& options, const Params<P>& params, c
     const Shape s = shape_of(state, tokens);
     if (s.state_dim == 0)
         return step(exec, attention_of(options), attention::Params{}, attention_of(state), attention_of(tokens),
-                    attention::TokensOut<T>{out.o, out.lse}, ws);
+                    out, ws);
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     return detail::run_step(exec, options, params, state, tokens, out, ws);

@@ -77,7 +77,7 @@ Case formula_with_operands(const sisa::Options& o, const Case& c, Rounding&& ope
                 const Index queries = packed ? n : Lq, offset = n - queries, query0 = packed ? key0 : 0;
                 if (n == 0) continue;
                 std::vector<double> g(size(n)), level(size(n)), Phi(size(n * pairs)), Bhat(size(n * ds)), dBhat(size(n * ds));
-                std::vector<double> dg(size(n)), dPhi(size(n * pairs)), Chat(size(ds)), dChat(size(ds)), back(size(ds));
+                std::vector<double> dg(size(n)), dPhi(size(n * pairs)), Chat(size(ds)), dChat(size(ds)), p(size(n)), decay(size(n)), dp(size(n));
                 for (Index j = 0; j < n; ++j) {
                     const double a = *log_alpha(b, key0 + j, kv);
                     g[size(j)] = (j > 0 ? g[size(j - 1)] : 0.0) + (exact ? sisa::detail::floored(a) : a);
@@ -100,7 +100,6 @@ Case formula_with_operands(const sisa::Options& o, const Case& c, Rounding&& ope
                         turn(C(b, row, h), &Phi[size(at * pairs)], 1.0, Chat.data());
                         for (double& x : Chat) x = operand(x);
                         const RowRange read = attention::keys_read(plain, at, n);
-                        std::vector<double> p(size(n)), decay(size(n)), dp(size(n));
                         double largest = -INFINITY, sum = 0.0, delta = 0.0;
                         for (Index j = read.begin; j < read.end; ++j) {
                             decay[size(j)] = std::exp(level[size(at)] - level[size(j)]);

@@ -71,22 +71,19 @@ __device__ void unpack(const Pair<T>& pair, acc_t<T>& x, acc_t<T>& y) {
     }
 }
 
-/// Whether n elements of a tensor, `stride` apart, of which `count` are there, can be moved 16 bytes at once.
-template <int n, class T>
-__device__ bool are_wide(const T* at, Index stride, int count) {
-    return stride == 1 && count >= n && reinterpret_cast<std::uintptr_t>(at) % 16 == 0;
-}
-/// Such elements, zeros for those that are not there.
-template <int n, class T>
+/// n elements of a row, `stride` apart, of which `count` are there; zeros for those that are not. `wide`: all are there, side by side, and
+/// begin at 16 bytes. `constant`: no thread of the kernel writes them, so that they may come before what was written earlier.
+template <bool wide, bool constant, int n, class T>
 __device__ void load_row(const T* from, Index stride, int count, acc_t<T> (&x)[n]) {
-    constexpr int pairs = 16 / static_cast<int>(sizeof(Pair<T>));
-    if (are_wide<n>(from, stride, count)) {
+    if constexpr (wide) {
+        constexpr int pairs = 16 / static_cast<int>(sizeof(Pair<T>));
         struct alignas(16) Chunk {
             Pair<T> pair[pairs];
         };
 #pragma unroll
         for (int i = 0; i < n; i += 2 * pairs) {
-            const Chunk chunk = *reinterpret_cast<const Chunk*>(from + i);
+            const auto* const at = reinterpret_cast<const int4*>(from + i);
+            const auto chunk = __builtin_bit_cast(Chunk, constant ? __ldg(at) : *at);
 #pragma unroll
             for (int k = 0; k < pairs; ++k) unpack<T>(chunk.pair[k], x[i + 2 * k], x[i + 2 * k + 1]);
         }
@@ -96,10 +93,10 @@ __device__ void load_row(const T* from, Index stride, int count, acc_t<T> (&x)[n
     }
 }
 /// The way back, of those that are there.
-template <int n, class T>
+template <bool wide, int n, class T>
 __device__ void store_row(T* to, Index stride, int count, const acc_t<T> (&x)[n]) {
-    constexpr int pairs = 16 / static_cast<int>(sizeof(Pair<T>));
-    if (are_wide<n>(to, stride, count)) {
+    if constexpr (wide) {
+        constexpr int pairs = 16 / static_cast<int>(sizeof(Pair<T>));
         struct alignas(16) Chunk {
             Pair<T> pair[pairs];
         };

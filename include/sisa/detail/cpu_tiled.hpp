@@ -398,14 +398,13 @@ void tiled_forward(const cpu& exec, const Options& options, const Inputs<T, P>& 
     using A = acc_t<T>;
     const Shape s = shape_of(in);
     const attention::Inputs<T> plain_in = attention_of(in);
-    const attention::Outputs<T> plain_out{out.o, out.lse};
     const attention::Options plain = attention_of(options);
-    if (s.state_dim == 0) return attention::detail::tiled_forward(exec, plain, plain_in, plain_out, ws, attention::Plain{}, rest);
+    if (s.state_dim == 0) return attention::detail::tiled_forward(exec, plain, plain_in, out, ws, attention::Plain{}, rest);
     Arena arena(ws.data);
     const Tables<A> tables(arena, exec, s, pass::forward);
     const Lines<T, P> lines{exec, options, in, s, tables};
     lines.for_each([&](Index b, Index kv, RowRange keys, int worker) { lines.prelude(b, kv, keys, worker); });
-    attention::detail::tiled_forward(exec, plain, plain_in, plain_out, Workspace{tables.rest, 0},
+    attention::detail::tiled_forward(exec, plain, plain_in, out, Workspace{tables.rest, 0},
                                      Importance<A, P>(tables, s, in.lam), rest);
 }
 
@@ -416,12 +415,10 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T, P>&
     bf16* const rest = rest_of_o(options, in, saved);
     const Shape s = shape_of(in);
     const attention::Inputs<T> plain_in = attention_of(in);
-    const attention::Outputs<T> plain_out{out.o, out.lse};
-    const attention::Upstream<T> plain_upstream{upstream.o, upstream.lse};
     const attention::Grads<T> plain_grads{grads.q, grads.k, grads.v};
     const attention::Options plain = attention_of(options);
     if (s.state_dim == 0) {
-        attention::detail::tiled_backward(exec, plain, plain_in, plain_out, plain_upstream, plain_grads, ws,
+        attention::detail::tiled_backward(exec, plain, plain_in, out, upstream, plain_grads, ws,
                                           attention::Plain{}, rest);
         fill_zero(grads.log_alpha), fill_zero(grads.lam);
         return;
@@ -430,7 +427,7 @@ void tiled_backward(const cpu& exec, const Options& options, const Inputs<T, P>&
     const Tables<A> tables(arena, exec, s, pass::backward);
     const Lines<T, P> lines{exec, options, in, s, tables};
     lines.for_each([&](Index b, Index kv, RowRange keys, int worker) { lines.prelude(b, kv, keys, worker); });
-    attention::detail::tiled_backward(exec, plain, plain_in, plain_out, plain_upstream, plain_grads,
+    attention::detail::tiled_backward(exec, plain, plain_in, out, upstream, plain_grads,
                                       Workspace{tables.rest, 0}, Importance<A, P>(tables, s, in.lam), rest);
     for (Index x = 0; x < s.batch * s.query_heads; ++x) tables.dlam[x] = 0.0;
     lines.for_each([&](Index b, Index kv, RowRange keys, int worker) { lines.epilogue(grads, b, kv, keys, worker); });

@@ -94,6 +94,7 @@ Problem<T, P> problem_of(const Options& options, const Inputs<T, P>& in, const C
             .padded = static_cast<int>(padded),
             .published = options.mode == Mode::published,
             .pairwise = pairwise,
+            .wide = padded == s.state_dim && s.state_dim % 8 == 0 && device::moves_wide(in.B, s.state_dim) && device::moves_wide(in.C, s.state_dim),
             .clamp = options.clamp,
             .scale = static_cast<acc_t<T>>(attention::scale_of(attention_of(options), s.head_dim)),
             .sums = memory.sums,
@@ -110,10 +111,11 @@ Status make_channels(const cuda& exec, const Problem<T, P>& p) {
     const Index blocks = p.chunks.count * p.shape.kv_heads;
     INTERSTATE_RETURN_IF_ERROR(attention::detail::check_blocks(blocks));
     const dim3 grid(static_cast<unsigned>(blocks)), threads(chunk_threads);
-    INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda sums", chunk_sums_kernel<T, P>, {grid, threads, Steps<T, P>::bytes(p)}, p));
+    INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda sums", chunk_sums_kernel<T, P>, {grid, threads}, p));
     INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda offsets", chunk_offsets_kernel<T, P>,
-                                      {dim3(static_cast<unsigned>(p.chunks.sequences * p.shape.kv_heads), static_cast<unsigned>(p.columns)), threads}, p));
-    return launch(exec, "sisa.cuda channels", make_channels_kernel<T, P>, {grid, threads, ChunkTables<T>::bytes(p)}, p);
+                                      {dim3(static_cast<unsigned>(p.chunks.sequences * p.shape.kv_heads), static_cast<unsigned>(p.columns)), dim3(scan_threads)}, p));
+    const std::size_t shared = ChunkTables<T>::bytes(std::min(p.columns - 1, pairs_at_once));
+    return launch(exec, "sisa.cuda channels", make_channels_kernel<T, P>, {grid, threads, shared}, p);
 }
 
 /// The policy that attention's kernels get.
@@ -141,7 +143,7 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T, P>&
         const auto p = problem_of(options, in, memory, padded, channels == 0);
         INTERSTATE_RETURN_IF_ERROR(make_channels(exec, p));
         const auto policy = policy_of<T, P, channels>(p, memory);
-        return a::launch_forward<T, dim>(exec, attention_of(options), attention_of(in), attention::Outputs<T>{out.o, out.lse}, policy, rest_of_o(options, s, saved));
+        return a::launch_forward<T, dim>(exec, attention_of(options), attention_of(in), out, policy, rest_of_o(options, s, saved));
     });
 }
 
@@ -160,16 +162,16 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
         const auto policy = policy_of<T, P, channels>(p, memory);
         const auto plain = attention_of(options);
         const auto plain_in = attention_of(in);
-        const attention::Upstream<T> plain_up{upstream.o, upstream.lse};
         const attention::Grads<T> plain_grads{grads.q, grads.k, grads.v};
-        INTERSTATE_RETURN_IF_ERROR(a::make_statistics(exec, plain, plain_in, attention::Outputs<T>{out.o, out.lse}, plain_up, memory.of_attention,
+        INTERSTATE_RETURN_IF_ERROR(a::make_statistics(exec, plain, plain_in, out, upstream, memory.of_attention,
                                                    View<const bf16, 4>(rest_of_o(options, s, saved))));
         if (grads.q || tokens)
-            INTERSTATE_RETURN_IF_ERROR((a::launch_query_gradient<T, dim>(exec, plain, plain_in, plain_up, memory.of_attention, plain_grads, policy)));
+            INTERSTATE_RETURN_IF_ERROR((a::launch_query_gradient<T, dim>(exec, plain, plain_in, upstream, memory.of_attention, plain_grads, policy)));
         if (grads.k || grads.v || tokens)
-            INTERSTATE_RETURN_IF_ERROR((a::launch_key_gradient<T, dim>(exec, plain, plain_in, plain_up, memory.of_attention, plain_grads, policy)));
+            INTERSTATE_RETURN_IF_ERROR((a::launch_key_gradient<T, dim>(exec, plain, plain_in, upstream, memory.of_attention, plain_grads, policy)));
         if (!tokens) return {};
 
+        const auto moves = [](const auto& x, Index width) { return !x || device::moves_wide(x, width); };
         const GradientProblem<T, P> to{.p = p,
                                        .dc = policy.dc,
                                        .db = policy.db,
@@ -178,17 +180,18 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
                                        .turns = memory.turns,
                                        .carries = memory.carries,
                                        .published = memory.published,
-                                       .strength = memory.strengths};
+                                       .strength = memory.strengths,
+                                       .wide = p.wide && moves(grads.B, s.state_dim) && moves(grads.C, s.state_dim),
+                                       .wide_theta = s.pairs() % 4 == 0 && moves(grads.theta, s.pairs())};
         const dim3 grid(static_cast<unsigned>(p.chunks.count * s.kv_heads)), threads(chunk_threads);
-        const std::size_t shared = ChunkTables<T>::bytes(p) + 2 * sizeof(double) * static_cast<std::size_t>(chunk_tokens * table_stride(p.columns - 1));
-        INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda channel gradients", channel_gradients_kernel<T, P>, {grid, threads, shared}, to));
+        INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda channel gradients", channel_gradients_kernel<T, P>, {grid, threads, GradientTables<T>::bytes(p.columns - 1)}, to));
         if (sums) {
             INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda carries", gradient_carries_kernel<T, P>,
-                                              {dim3(static_cast<unsigned>(p.chunks.sequences * s.kv_heads), static_cast<unsigned>(p.columns)), threads}, to));
+                                              {dim3(static_cast<unsigned>(p.chunks.sequences * s.kv_heads), static_cast<unsigned>(p.columns)), dim3(scan_threads)}, to));
             INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda sums of gradients", finish_gradients_kernel<T, P>, {grid, threads}, to));
         }
         if (!grads.lam) return {};
-        return launch(exec, "sisa.cuda dlambda", strength_gradient_kernel<T, P>, {dim3(static_cast<unsigned>(s.query_heads)), threads}, to);
+        return launch(exec, "sisa.cuda dlambda", strength_gradient_kernel<T, P>, {dim3(static_cast<unsigned>(s.query_heads)), dim3(scan_threads)}, to);
     });
 }
 

@@ -14,7 +14,7 @@ namespace interstate::inline INTERSTATE_ABI {
 namespace sisa {
 namespace detail {
 
-inline constexpr int chunk_tokens = attention::detail::level_tile, chunk_threads = 128;
+inline constexpr int chunk_tokens = attention::detail::level_tile, chunk_threads = 32, scan_threads = 128;
 
 /// Chunks of all sequences of a call, numbered so that those of a sequence follow each other; packed, some numbers stay unused.
 struct Chunks {
@@ -58,6 +58,7 @@ struct Problem {
     int columns;          // 1 + pairs
     int padded;           // channels as stored, zeros behind the last
     bool published, pairwise;  // pairwise: channels are stored without decay, the level of a token is its g
+    bool wide;            // four pairs of B and C are 16 bytes at once, or 32
     double clamp;
     acc_t<T> scale;       // of attention's products
     double* sums;         // (chunks, Hkv, columns): of each chunk, then of all before it
@@ -71,17 +72,27 @@ struct Problem {
     __device__ Index missing() const { return shape.packed() ? 0 : shape.keys - shape.queries; }
 };
 
-/// f(token, n) for n below width, each of them always by the same thread, in the order of memory.
-template <class F>
-__device__ void each_pair(int tokens, int width, F&& f) {
+/// f(token, n) for tokens from `begin` to `end` and n below width, each of them always by the same lane, in the order of memory. What a lane
+/// does for `together` tokens follows each other without branches.
+template <int together, class F>
+__device__ void each_pair(int begin, int end, int width, F&& f) {
     if (width <= 0) return;
     const unsigned side = min(width, chunk_threads);
     const bool shifts = (side & (side - 1)) == 0;  // division is slow
     const unsigned by = __ffs(static_cast<int>(side)) - 1, row = shifts ? threadIdx.x >> by : threadIdx.x / side;
-    const int rows = shifts ? chunk_threads >> by : chunk_threads / side, first = static_cast<int>(row);
+    const int rows = shifts ? chunk_threads >> by : chunk_threads / side;
+    int first = static_cast<int>(row);
     if (first >= rows) return;
-    for (int n = static_cast<int>(threadIdx.x - row * side); n < width; n += chunk_threads)
-        for (int token = first; token < tokens; token += rows) f(token, n);
+    if (first < begin) first += (begin - first + rows - 1) / rows * rows;
+    for (int n = static_cast<int>(threadIdx.x - row * side); n < width; n += chunk_threads) {
+        int token = first;
+        if constexpr (together > 1)
+            for (; token + (together - 1) * rows < end; token += together * rows)
+#pragma unroll
+                for (int i = 0; i < together; ++i) f(token + i * rows, n);
+#pragma unroll 1
+        for (; token < end; token += rows) f(token, n);
+    }
 }
 /// Rows of one head from a chunk's first token on.
 template <class T>
@@ -93,70 +104,61 @@ struct HeadRows {
     __device__ T* operator()(int token, int c) const { return data + token * stride + c * column; }
     __device__ explicit operator bool() const { return data; }
 };
-/// Asks for `columns` of them, of tokens from `first` on.
-template <class T>
-__device__ void ask_for(const HeadRows<T>& x, int first, int tokens, int columns) {
-    constexpr int line = 128 / static_cast<int>(sizeof(T));
-    for (int token = first + static_cast<int>(threadIdx.x); token < tokens; token += chunk_threads)
-        for (int c = 0; c < columns; c += line) device::prefetch(x(token, c));
+/// A table of (tokens, pairs) in shared memory: its size and where an entry is. Lanes with the same column of eight tokens each,
+/// and lanes with the same token of columns that follow each other, meet few banks.
+INTERSTATE_HD constexpr int table_size(int pairs) { return chunk_tokens * (pairs | 1) + chunk_tokens / 2; }
+__device__ constexpr int table_at(int pairs, int token, int pair) { return token * (pairs | 1) + token / 8 * 4 + pair; }
+
+/// The sum over a warp, in one order; every lane gets it.
+__device__ inline double sum_of_warp(double x) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
 }
-/// The distance of tokens in a table of pairs, which keeps columns in different banks.
-INTERSTATE_HD constexpr int table_stride(int pairs) { return pairs | 1; }
+/// Sums of a lane and all before it, of `lanes` apart.
+__device__ inline double running_sum(double x, int lane, int apart) {
+    for (int step = apart; step < 32; step *= 2) {
+        const double further = __shfl_up_sync(0xffffffffu, x, step);
+        if (lane >= step) x += further;
+    }
+    return x;
+}
 
-/// What the tokens of a chunk add to the sums: of g, and of the angle of every pair, in shared memory.
-template <class T, class P>
-struct Steps {
-    double* log_alpha;  // (tokens)
-    P* theta;           // (tokens, pairs)
-    int stride;
-
-    static INTERSTATE_HD std::size_t bytes(const Problem<T, P>& p) {
-        return sizeof(double) * chunk_tokens + (sizeof(P) * static_cast<std::size_t>(chunk_tokens * table_stride(p.columns - 1)) + 15) / 16 * 16;
-    }
-    __device__ Steps(void* memory, const Problem<T, P>& p)
-        : log_alpha(static_cast<double*>(memory)), theta(reinterpret_cast<P*>(log_alpha + chunk_tokens)), stride(table_stride(p.columns - 1)) {}
-    /// Ends with a barrier.
-    __device__ void load(const Problem<T, P>& p, const Chunk& at, Index kv, bool with_theta = true) {
-        __syncthreads();
-        const Index row = at.row0 + at.first;
-        for (int token = threadIdx.x; token < chunk_tokens; token += chunk_threads) {
-            const double x = token < at.count ? static_cast<double>(p.in.log_alpha(at.batch, row + token, kv)) : 0.0;
-            log_alpha[token] = !p.published && x <= hard_reset ? hard_reset : x;
-        }
-        if (with_theta) {
-            const HeadRows<const P> from(p.in.theta, at.batch, row, kv);
-            each_pair(chunk_tokens, p.columns - 1, [&](int token, int n) { theta[token * stride + n] = token < at.count ? *from(token, n) : P(0); });
-        }
-        __syncthreads();
-    }
-    __device__ double operator()(int token, int column) const {
-        return column == 0 ? log_alpha[token] : static_cast<double>(theta[token * stride + column - 1]);
-    }
-    /// Running sums of all columns below `columns`, by the block: to(column, token, sum, total). A lane has 8 tokens of a column, a warp
-    /// 4 columns.
-    template <class F>
-    __device__ void run(int columns, F&& to) const {
-        static_assert(chunk_tokens == 64);
-        const int lane = threadIdx.x % 32, segment = lane / 4;
-        for (int i = static_cast<int>(threadIdx.x) / 32 * 4 + lane % 4; i - lane % 4 < columns; i += chunk_threads / 8) {
-            const int column = i + 1 < columns ? i + 1 : 0;  // the angles first, which are most of the work
-            double sums[8], sum = 0.0;
-            if (i < columns)
-#pragma unroll
-                for (int k = 0; k < 8; ++k) sums[k] = sum += (*this)(8 * segment + k, column);
-            double reached = sum;
-#pragma unroll
-            for (int step = 1; step < 8; step *= 2) {
-                const double further = __shfl_up_sync(0xffffffffu, reached, 4 * step);
-                if (segment >= step) reached += further;
-            }
-            const double before = __shfl_up_sync(0xffffffffu, reached, 4), total = __shfl_sync(0xffffffffu, reached, 28 + lane % 4);
-            if (i < columns)
-#pragma unroll
-                for (int k = 0; k < 8; ++k) to(column, 8 * segment + k, segment > 0 ? before + sums[k] : sums[k], total);
-        }
+/// What tokens 2 lane and 2 lane + 1 of a chunk have as sums of log_alpha from its first token on, and what the chunk has.
+struct DecaySums {
+    double earlier, later, total;
+    template <class T, class P>
+    __device__ DecaySums(const Problem<T, P>& p, const Chunk& at, Index kv) {
+        const int lane = threadIdx.x;
+        const auto own = [&](int token) {
+            const double x = token < at.count ? static_cast<double>(p.in.log_alpha(at.batch, at.row0 + at.first + token, kv)) : 0.0;
+            return !p.published && x <= hard_reset ? hard_reset : x;
+        };
+        const double a = own(2 * lane), both = a + own(2 * lane + 1), reached = running_sum(both, lane, 1);
+        const double before = __shfl_up_sync(0xffffffffu, reached, 1);
+        total = __shfl_sync(0xffffffffu, reached, 31);
+        earlier = lane > 0 ? before + a : a;
+        later = lane > 0 ? before + both : both;
     }
 };
+
+/// Sums of theta from a chunk's first token on: to(n, token, sum, total) of `count` pairs from `first` on. A lane has 8 tokens of a pair, the
+/// warp 4 pairs.
+template <class T, class P, class F>
+__device__ void sum_angles(const Problem<T, P>& p, const Chunk& at, Index kv, int first, int count, F&& to) {
+    static_assert(chunk_tokens == 64 && chunk_threads == 32);
+    const int lane = threadIdx.x, token = lane / 4 * 8;
+    const HeadRows<const P> from(p.in.theta, at.batch, at.row0 + at.first, kv);
+    for (int n = lane % 4; n - lane % 4 < count; n += 4) {
+        double sums[8], sum = 0.0;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) sums[k] = sum += n < count && token + k < at.count ? static_cast<double>(*from(token + k, first + n)) : 0.0;
+        const double reached = running_sum(sum, lane, 4), before = __shfl_up_sync(0xffffffffu, reached, 4);
+        const double total = __shfl_sync(0xffffffffu, reached, 28 + lane % 4);
+        if (n < count)
+#pragma unroll
+            for (int k = 0; k < 8; ++k) to(n, token + k, token > 0 ? before + sums[k] : sums[k], total);
+    }
+}
 
 /// The angle Phi as a turn, cos and sin.
 template <class A>
@@ -165,45 +167,58 @@ struct Turn {
     Turn() = default;
     __device__ Turn(A cos_, A sin_) : cos(cos_), sin(sin_) {}
     __device__ explicit Turn(double angle) {
-        if constexpr (sizeof(A) == 8) {
+        if constexpr (sizeof(A) == 8)
             sincos(angle, &sin, &cos);
-        } else {
-            // Halves of a turn, whole turns less, in float64, so that float has what is below 1.
-            const double halves = angle * 0.3183098861837907;
-            sincospif(static_cast<float>(halves - 2.0 * rint(halves / 2.0)), &sin, &cos);
-        }
+        else
+            sincospif(halves_of(angle), &sin, &cos);
+    }
+    /// Halves of a turn, whole turns less, in float64, so that float has what is below 1.
+    static __device__ float halves_of(double angle) {
+        const double halves = angle * 0.3183098861837907;
+        return static_cast<float>(halves - 2.0 * rint(halves / 2.0));
     }
 };
+/// To what T can tell apart: of 16 bits, to 2^-21.
+template <class T>
+__device__ Turn<acc_t<T>> turn_for(double angle) {
+    if constexpr (sizeof(T) == 2) {
+        Turn<float> turn;
+        __sincosf(3.14159265f * Turn<float>::halves_of(angle), &turn.sin, &turn.cos);
+        return turn;
+    } else {
+        return Turn<acc_t<T>>(angle);
+    }
+}
 
 inline namespace INTERSTATE_KERNELS {
 
-/// Sums of every chunk, a block each; in published mode also how far g goes up and down inside it.
+/// Sums of every chunk and key/value head, a warp each; in published mode also how far g goes up and down inside it.
 template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void chunk_sums_kernel(const __grid_constant__ Problem<T, P> p) {
-    extern __shared__ __align__(16) unsigned char memory[];
     Chunk at;
     const auto heads = static_cast<unsigned>(p.shape.kv_heads);
     const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
+    const int lane = threadIdx.x;
     if (blockIdx.x == 0)
-        for (Index h = threadIdx.x; h < p.shape.query_heads; h += chunk_threads) p.strength[h] = static_cast<acc_t<T>>(p.in.lam(h));
+        for (Index h = lane; h < p.shape.query_heads; h += chunk_threads) p.strength[h] = static_cast<acc_t<T>>(p.in.lam(h));
     if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
-    Steps<T, P> steps(memory, p);
-    steps.load(p, at, kv);
-    double largest = -INFINITY, smallest = INFINITY;
-    steps.run(p.columns, [&](int column, int token, double sum, double total) {
-        if (token == 0) p.sums_of(slot, kv)[column] = total;
-        if (column == 0 && token < at.count) {
-            largest = fmax(largest, sum);
-            smallest = fmin(smallest, sum);
-        }
+    double* const sums = p.sums_of(slot, kv);
+    const DecaySums decay(p, at, kv);
+    if (lane == 0) sums[0] = decay.total;
+    sum_angles(p, at, kv, 0, p.columns - 1, [&](int n, int token, double, double total) {
+        if (token == 0) sums[1 + n] = total;
     });
-    // The warp that has column 0, see run().
-    if (!p.published || static_cast<int>(threadIdx.x) / 32 != (p.columns - 1) / 4 % (chunk_threads / 32)) return;
+    if (!p.published) return;
+    double largest = 2 * lane < at.count ? decay.earlier : -INFINITY, smallest = 2 * lane < at.count ? decay.earlier : INFINITY;
+    if (2 * lane + 1 < at.count) {
+        largest = fmax(largest, decay.later);
+        smallest = fmin(smallest, decay.later);
+    }
     for (int step = 16; step > 0; step /= 2) {
         largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, step));
         smallest = fmin(smallest, __shfl_xor_sync(0xffffffffu, smallest, step));
     }
-    if (threadIdx.x % 32 == 0) {
+    if (lane == 0) {
         p.bounds_of(slot, kv)[0] = largest;
         p.bounds_of(slot, kv)[1] = smallest;
     }
@@ -211,10 +226,10 @@ __global__ __launch_bounds__(chunk_threads) void chunk_sums_kernel(const __grid_
 
 /// From sums of chunks to sums of all chunks before, in place, a block for each sequence and head, and column. Published: the offset c (eq. 11).
 template <class T, class P>
-__global__ __launch_bounds__(chunk_threads) void chunk_offsets_kernel(const __grid_constant__ Problem<T, P> p) {
-    using Scan = cub::BlockScan<double, chunk_threads>;
+__global__ __launch_bounds__(scan_threads) void chunk_offsets_kernel(const __grid_constant__ Problem<T, P> p) {
+    using Scan = cub::BlockScan<double, scan_threads>;
     __shared__ typename Scan::TempStorage memory;
-    __shared__ double largest[chunk_threads], smallest[chunk_threads];
+    __shared__ double largest[scan_threads], smallest[scan_threads];
     const auto heads = static_cast<unsigned>(p.shape.kv_heads);
     const Index kv = blockIdx.x % heads, sequence = blockIdx.x / heads;
     const auto column = static_cast<int>(blockIdx.y);
@@ -223,7 +238,7 @@ __global__ __launch_bounds__(chunk_threads) void chunk_offsets_kernel(const __gr
     const int thread = threadIdx.x;
     const bool bounded = p.published && column == 0;
     double high = -INFINITY, low = INFINITY, before = 0.0;
-    for (Index i = 0; i < count; i += chunk_threads) {
+    for (Index i = 0; i < count; i += scan_threads) {
         const bool there = i + thread < count;
         double* const at = there ? p.sums_of(first + i + thread, kv) + column : nullptr;
         double sum = 0.0, total = 0.0;
@@ -243,11 +258,11 @@ __global__ __launch_bounds__(chunk_threads) void chunk_offsets_kernel(const __gr
     largest[thread] = high;
     smallest[thread] = low;
     __syncthreads();
-    for (int i = 0; i < chunk_threads; ++i) {
+    for (int i = 0; i < scan_threads; ++i) {
         high = fmax(high, largest[i]);
         low = fmin(low, smallest[i]);
     }
-    for (Index i = thread; i < count; i += chunk_threads) {
+    for (Index i = thread; i < count; i += scan_threads) {
         p.bounds_of(first + i, kv)[0] = high;
         p.bounds_of(first + i, kv)[1] = low;
     }
@@ -274,83 +289,86 @@ struct Leveled {
     }
 };
 
-/// A chunk's turns and decay, in shared memory: for every kernel that goes from tokens to channels or back.
+/// Pairs of channels that have their turns in shared memory at once.
+inline constexpr int pairs_at_once = 32;
+
+/// A chunk's decay and turns, in shared memory: for every kernel that goes from tokens to channels or back.
 template <class T>
 struct ChunkTables {
     using A = acc_t<T>;
-    double g[chunk_tokens];              // natural; published: x of eq. 11, not clamped
-    Leveled<A> key[chunk_tokens];        // what B is stored with; published: exp(-x)
-    Leveled<A> query[chunk_tokens];      // what C is stored with, beside its strength; published: exp(x)
-    Turn<A>* turn;                       // (tokens, pairs)
-    int stride;                          // of turn, between tokens
+    double g[chunk_tokens];  // natural; published: x of eq. 11, not clamped
+    A key[chunk_tokens];     // what B is stored with; published: exp(-x)
+    A query[chunk_tokens];   // what C is stored with, beside its strength; published: exp(x)
 
-    template <class P>
-    static INTERSTATE_HD std::size_t bytes(const Problem<T, P>& p) {
-        return (sizeof(ChunkTables) + 15) / 16 * 16 + Steps<T, P>::bytes(p) +
-               (sizeof(Turn<A>) * static_cast<std::size_t>(chunk_tokens * table_stride(p.columns - 1)) + 15) / 16 * 16;
+    /// Of this and the turns behind it.
+    static INTERSTATE_HD std::size_t bytes(int pairs) {
+        static_assert(sizeof(ChunkTables) % 16 == 0);
+        return sizeof(ChunkTables) + sizeof(Turn<A>) * static_cast<std::size_t>(table_size(pairs));
     }
-    /// In `memory`, of bytes(p).
-    template <class P>
-    static __device__ ChunkTables& make(unsigned char* memory, const Problem<T, P>& p, const Chunk& at, Index slot, Index kv) {
-        auto& tables = *reinterpret_cast<ChunkTables*>(memory);
-        unsigned char* const behind = memory + (sizeof(ChunkTables) + 15) / 16 * 16;
-        if (threadIdx.x == 0) {
-            tables.turn = reinterpret_cast<Turn<A>*>(behind + Steps<T, P>::bytes(p));
-            tables.stride = table_stride(p.columns - 1);
-        }
-        Steps<T, P> steps(behind, p);
-        tables.fill(p, at, slot, kv, steps);
-        return tables;
-    }
+    /// table_at(..), of the pairs that make_turns() made.
+    __device__ Turn<A>* turns() { return reinterpret_cast<Turn<A>*>(this + 1); }
 
-  private:
-    template <class P>
-    __device__ void fill(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv, Steps<T, P>& steps) {
-        __shared__ double previous[chunk_tokens];  // g of the chunk before, where the first query's tile may begin
-        const auto missing = static_cast<int>(p.missing());
+    /// level(token, of its query, of its key), where there are levels.
+    template <class P, class F>
+    __device__ void make_decay(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv, F&& level) {
+        double* const previous = reinterpret_cast<double*>(turns());  // g of the chunk before, where the first query's tile may begin
+        const int missing = static_cast<int>(p.missing()), lane = threadIdx.x;
+        const auto write = [&](double* to, const Chunk& of, Index of_slot) {
+            const DecaySums sums(p, of, kv);
+            const double before = p.sums_of(of_slot, kv)[0];
+            to[2 * lane] = before + sums.earlier;
+            to[2 * lane + 1] = before + sums.later;
+        };
         if (missing % chunk_tokens != 0 && at.first > 0) {
             Chunk earlier = at;
             earlier.first -= chunk_tokens;
             earlier.count = chunk_tokens;
-            steps.load(p, earlier, kv, false);
-            steps.run(1, [&](int, int token, double sum, double) { previous[token] = p.sums_of(slot - 1, kv)[0] + sum; });
+            write(previous, earlier, slot - 1);
         }
-        steps.load(p, at, kv);
-        const double* const before = p.sums_of(slot, kv);
-        steps.run(p.columns, [&](int column, int token, double sum, double) {
-            if (column == 0)
-                g[token] = before[0] + sum;
-            else
-                turn[token * stride + column - 1] = Turn<A>(before[column] + sum);
-        });
-        __syncthreads();
-        for (int token = threadIdx.x; token < at.count; token += chunk_threads) {
+        write(g, at, slot);
+        __syncwarp();
+        for (int token = lane; token < at.count; token += chunk_threads) {
             constexpr float range = attention::detail::level_range<T>;
             const int position = at.first + token;
             if (p.published) {
                 const double* const bounds = p.bounds_of(slot, kv);
                 const double x = g[token] - (bounds[0] + bounds[1]) / 2.0, y = fmin(fmax(x, -p.clamp), p.clamp);
-                key[token] = {0.0, static_cast<A>(exp(-y))};
-                query[token] = {0.0, static_cast<A>(exp(y))};
-            } else if (p.pairwise) {
-                key[token] = query[token] = {g[token] * attention::detail::log2_e, A(1)};
-            } else {
-                key[token] = Leveled<A>::of(g[token], g[0], range, -1);
+                key[token] = static_cast<A>(exp(-y));
+                query[token] = static_cast<A>(exp(y));
+                continue;
+            }
+            Leveled<A> of_key{g[token] * attention::detail::log2_e, A(1)}, of_query = of_key;
+            if (!p.pairwise) {
+                of_key = Leveled<A>::of(g[token], g[0], range, -1);
                 if (position >= missing) {
                     const int top = position - (position - missing) % chunk_tokens - at.first;
-                    query[token] = Leveled<A>::of(g[token], top >= 0 ? g[top] : previous[top + chunk_tokens], range, 1);
+                    of_query = Leveled<A>::of(g[token], top >= 0 ? g[top] : previous[top + chunk_tokens], range, 1);
                 }
             }
+            key[token] = of_key.factor;
+            query[token] = of_query.factor;
+            level(token, of_query.level, of_key.level);
         }
-        __syncthreads();
+        __syncwarp();
+    }
+
+    /// Of `count` pairs from `first` on.
+    template <class P>
+    __device__ void make_turns(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv, int first, int count) {
+        const double* const before = p.sums_of(slot, kv) + 1 + first;
+        __syncwarp();
+        sum_angles(p, at, kv, first, count, [&](int n, int token, double sum, double) {
+            turns()[table_at(count, token, n)] = turn_for<T>(before[n] + sum);
+        });
+        __syncwarp();
     }
 };
 
 inline namespace INTERSTATE_KERNELS {
 
-/// g, R(Phi) B and R(Phi) C as they are stored, a block for each chunk and key/value head, with its group of query heads.
+/// g, R(Phi) B and R(Phi) C as they are stored, a warp for each chunk and key/value head, with its group of query heads.
 template <class T, class P>
-__global__ __launch_bounds__(chunk_threads) void make_channels_kernel(const __grid_constant__ Problem<T, P> p) {
+__global__ __launch_bounds__(chunk_threads, 28) void make_channels_kernel(const __grid_constant__ Problem<T, P> p) {
     using A = acc_t<T>;
     extern __shared__ __align__(16) unsigned char memory[];
     Chunk at;
@@ -362,37 +380,44 @@ __global__ __launch_bounds__(chunk_threads) void make_channels_kernel(const __gr
     const Index missing = p.missing(), row = at.row0 + at.first, query_row = row - missing;
     const int before = static_cast<int>(max(missing - at.first, Index{0}));
     const HeadRows<const T> B(p.in.B, at.batch, row, kv);
-    ask_for(B, 0, at.count, 2 * pairs);
-    for (int h = 0; h < group; ++h) ask_for(HeadRows<const T>(p.in.C, at.batch, query_row, kv * group + h), before, at.count, 2 * pairs);
-    const auto& tables = ChunkTables<T>::make(memory, p, at, slot, kv);
-    for (int token = threadIdx.x; token < at.count && !p.published; token += chunk_threads) {
-        p.key_level(at.batch, row + token, kv) = tables.key[token].level;
-        if (token >= before) p.query_level(at.batch, query_row + token, kv) = tables.query[token].level;
-    }
-    // Four pairs at once.
-    const auto turned = [&](const HeadRows<const T>& from, const HeadRows<T>& to, int token, int n, A factor) {
-        A x[8], y[8];
-        device::load_row(from(token, 2 * n), from.column, 2 * (pairs - n), x);
-        const Turn<A>* const turn = tables.turn + token * tables.stride + n;
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const Turn<A> by = n + k < pairs ? turn[k] : Turn<A>{A(0), A(0)};
-            y[2 * k] = (x[2 * k] * by.cos - x[2 * k + 1] * by.sin) * factor;
-            y[2 * k + 1] = (x[2 * k] * by.sin + x[2 * k + 1] * by.cos) * factor;
-        }
-        device::store_row(to(token, 2 * n), 1, 2 * (stored - n), y);
-    };
-    const int fours = (stored + 3) / 4;
     const HeadRows<T> b(p.b, at.batch, row, kv);
-    each_pair(at.count, fours, [&](int token, int n) { turned(B, b, token, 4 * n, tables.key[token].factor); });
-    for (Index h = kv * group; h < (kv + 1) * group; ++h) {
-        const A strength = p.pairwise ? A(1) : p.strength[h] / p.scale;
-        const HeadRows<const T> C(p.in.C, at.batch, query_row, h);
-        const HeadRows<T> c(p.c, at.batch, query_row, h);
-        each_pair(at.count, fours, [&](int token, int n) {
-            if (token >= before) turned(C, c, token, 4 * n, tables.query[token].factor * strength);
-        });
-    }
+    auto& tables = *reinterpret_cast<ChunkTables<T>*>(memory);
+    tables.make_decay(p, at, slot, kv, [&](int token, double of_query, double of_key) {
+        p.key_level(at.batch, row + token, kv) = of_key;
+        if (token >= before) p.query_level(at.batch, query_row + token, kv) = of_query;
+    });
+    const auto rotate = [&](auto is_wide) {
+        constexpr bool wide = decltype(is_wide)::value;
+        constexpr int together = wide ? 4 : 1;
+        for (int first = 0; first < stored; first += pairs_at_once) {
+            const int columns = min(pairs_at_once, stored - first), there = min(columns, pairs - first);  // stored, and given
+            tables.make_turns(p, at, slot, kv, first, there);
+            // Four pairs at once.
+            const auto turned = [&](const HeadRows<const T>& from, const HeadRows<T>& to, int token, int n, A factor) {
+                A x[8], y[8];
+                device::load_row<wide, true>(from(token, 2 * (first + n)), from.column, 2 * (there - n), x);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const Turn<A> by = wide || n + k < there ? tables.turns()[table_at(there, token, n + k)] : Turn<A>{A(0), A(0)};
+                    y[2 * k] = (x[2 * k] * by.cos - x[2 * k + 1] * by.sin) * factor;
+                    y[2 * k + 1] = (x[2 * k] * by.sin + x[2 * k + 1] * by.cos) * factor;
+                }
+                device::store_row<wide>(to(token, 2 * (first + n)), 1, 2 * (columns - n), y);
+            };
+            const int fours = (columns + 3) / 4;
+            each_pair<together>(0, at.count, fours, [&](int token, int n) { turned(B, b, token, 4 * n, tables.key[token]); });
+            for (Index h = kv * group; h < (kv + 1) * group; ++h) {
+                const A strength = p.pairwise ? A(1) : p.strength[h] / p.scale;
+                const HeadRows<const T> C(p.in.C, at.batch, query_row, h);
+                const HeadRows<T> c(p.c, at.batch, query_row, h);
+                each_pair<together>(before, at.count, fours, [&](int token, int n) { turned(C, c, token, 4 * n, tables.query[token] * strength); });
+            }
+        }
+    };
+    if (p.wide)
+        rotate(std::true_type{});
+    else
+        rotate(std::false_type{});
 }
 
 }  // namespace INTERSTATE_KERNELS

@@ -191,7 +191,7 @@ Status run_step(const cuda& exec, const Options& options, const Params<P>& param
                                                   .strength = queries.strength,
                                                   .wide_b = device::moves_wide(state.B, s.state_dim)};
         return a::launch_step<T, dim, m>(exec, plain, attention_of(s), attention::cache_rows(state), View<const T, 4>(state.k),
-                                         View<const T, 4>(state.v), attention_of(tokens), attention::TokensOut<T>{out.o, out.lse}, arena, policy);
+                                         View<const T, 4>(state.v), attention_of(tokens), out, arena, policy);
     });
 }
 
