@@ -53,9 +53,10 @@ inline KernelChoice which_kernel(const cuda&, const Options&, const Shape& s) {
 
 /// As on the CPU. A launch error is a Status; cu_seqlens is checked on the device and reported in exec.flags. float32 is
 /// multiplied in three parts of tf32, to 22 bits; float16 and bfloat16 as they are, with weights rounded alike; sums are float.
-/// `policy`: what a guest adds (docs/ops/attention.md, "Policies").
+/// `policy`: what a guest adds (docs/ops/attention.md, "Policies"); one with channels makes them in kernels of its own, as sisa does.
 template <class T, class Policy = detail::Plain>
 Status forward(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved, Workspace, const Policy& policy = {}) {
+    static_assert(Policy::channels == 0);
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out));
     INTERSTATE_RETURN_IF_ERROR(pending_status());
     INTERSTATE_RETURN_IF_ERROR(check_offsets(exec, in.cu_seqlens, in.k.extent[1]));
@@ -68,6 +69,7 @@ Status forward(const cuda& exec, const Options& options, const Inputs<T>& in, co
 template <class T, class Policy = detail::Plain>
 Status backward(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved, const Upstream<T>& upstream,
                 const Grads<T>& grads, Workspace ws, const Policy& policy = {}) {
+    static_assert(Policy::channels == 0);
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out, upstream, grads));
     INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, shape_of(in), pass::backward)));
     INTERSTATE_RETURN_IF_ERROR(pending_status());

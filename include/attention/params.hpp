@@ -191,13 +191,13 @@ void visit(Inputs<T>& in, const Shape& s, F&& f) {
     f("bias", in.bias, {s.query_heads}, Need::optional);
     f("cu_seqlens", in.cu_seqlens, {s.sequences + 1}, s.packed() ? Need::required : Need::optional);
 }
-template <class T, class F>
-void visit(Outputs<T>& out, const Shape& s, F&& f) {
+template <class T, class AnyShape, class F>
+void visit(Outputs<T>& out, const AnyShape& s, F&& f) {
     f("o", out.o, {s.batch, s.queries, s.query_heads, s.value_dim}, Need::required);
     f("lse", out.lse, {s.batch, s.queries, s.query_heads}, Need::optional);
 }
-template <class T, class F>
-void visit(Upstream<T>& up, const Shape& s, F&& f) {
+template <class T, class AnyShape, class F>
+void visit(Upstream<T>& up, const AnyShape& s, F&& f) {
     f("o", up.o, {s.batch, s.queries, s.query_heads, s.value_dim}, Need::required);
     f("lse", up.lse, {s.batch, s.queries, s.query_heads}, Need::optional);
 }
@@ -317,13 +317,13 @@ void visit(Tokens<T>& x, const Shape& s, F&& f) {
     f("v", x.v, {s.batch, s.queries, s.kv_heads, s.value_dim}, Need::required);
     f("bias", x.bias, {s.query_heads}, Need::optional);
 }
-template <class T, class F>
-void visit(TokenOut<T>& out, const Shape& s, F&& f) {
+template <class T, class AnyShape, class F>
+void visit(TokenOut<T>& out, const AnyShape& s, F&& f) {
     f("o", out.o, {s.batch, s.query_heads, s.value_dim}, Need::required);
     f("lse", out.lse, {s.batch, s.query_heads}, Need::optional);
 }
-template <class T, class F>
-void visit(TokensOut<T>& out, const Shape& s, F&& f) {
+template <class T, class AnyShape, class F>
+void visit(TokensOut<T>& out, const AnyShape& s, F&& f) {
     f("o", out.o, {s.batch, s.queries, s.query_heads, s.value_dim}, Need::required);
     f("lse", out.lse, {s.batch, s.queries, s.query_heads}, Need::optional);
 }

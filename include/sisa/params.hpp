@@ -100,19 +100,9 @@ attention::Inputs<T> attention_of(const Inputs<T, P>& in) {
     return {.q = in.q, .k = in.k, .v = in.v, .bias = in.bias, .cu_seqlens = in.cu_seqlens};
 }
 
-/// lse is the log-sum-exp of each row of scores (natural log), -inf for a row that reads nothing.
-/// Softmax only; optional in forward, required by backward.
-template <class T>
-struct Outputs {
-    View<T, 4> o{};           // (B, Lq, Hq, dv)
-    View<acc_t<T>, 3> lse{};  // (B, Lq, Hq)
-};
-
-template <class T>
-struct Upstream {
-    View<const T, 4> o{};           // (B, Lq, Hq, dv)
-    View<const acc_t<T>, 3> lse{};  // (B, Lq, Hq), optional: absent is zero
-};
+/// o (B, Lq, Hq, dv) and lse (B, Lq, Hq), and their gradients.
+using attention::Outputs;
+using attention::Upstream;
 
 /// Gradients with respect to the inputs; overwritten. A null view is not computed.
 template <class T, class P = param_t<T>>
@@ -161,11 +151,6 @@ struct Token {
     View<const P, 3> theta{};        // (B, Hkv, ds/2)
     View<const acc_t<T>, 1> bias{};  // (Hq), sigmoid only, optional: as in Inputs
 };
-template <class T>
-struct TokenOut {
-    View<T, 3> o{};           // (B, Hq, dv)
-    View<acc_t<T>, 2> lse{};  // (B, Hq), optional, softmax only
-};
 /// n tokens for each batch row, at rows length, length + 1, ...
 template <class T, class P = param_t<T>>
 struct Tokens {
@@ -178,20 +163,15 @@ struct Tokens {
     View<const P, 4> theta{};        // (B, n, Hkv, ds/2)
     View<const acc_t<T>, 1> bias{};  // (Hq), sigmoid only, optional
 };
-template <class T>
-struct TokensOut {
-    View<T, 4> o{};           // (B, n, Hq, dv)
-    View<acc_t<T>, 3> lse{};  // (B, n, Hq), optional, softmax only
-};
 template <class T, class P>
 constexpr Tokens<T, P> tokens_of(const Token<T, P>& x) {
     return {as_sequences(x.q), as_sequences(x.k),         as_sequences(x.v),     as_sequences(x.C),
             as_sequences(x.B), as_sequences(x.log_alpha), as_sequences(x.theta), x.bias};
 }
-template <class T>
-constexpr TokensOut<T> tokens_of(const TokenOut<T>& x) {
-    return {as_sequences(x.o), as_sequences(x.lse)};
-}
+/// o (B, Hq, dv) and lse (B, Hq) of a token; o (B, n, Hq, dv) and lse (B, n, Hq) of n.
+using attention::TokenOut;
+using attention::TokensOut;
+using attention::tokens_of;
 template <class T>
 constexpr attention::State<T> attention_of(const State<T>& x) {
     return {x.k, x.v, x.length, x.lengths, x.block_table};
@@ -231,16 +211,6 @@ void visit(Inputs<T, P>& in, const Shape& s, F&& f) {
     visit_inputs(in, s, Need::required, s.importance(), f);
     f("bias", in.bias, {s.query_heads}, Need::optional);
     f("cu_seqlens", in.cu_seqlens, {s.sequences + 1}, s.packed() ? Need::required : Need::optional);
-}
-template <class T, class F>
-void visit(Outputs<T>& out, const Shape& s, F&& f) {
-    f("o", out.o, {s.batch, s.queries, s.query_heads, s.value_dim}, Need::required);
-    f("lse", out.lse, {s.batch, s.queries, s.query_heads}, Need::optional);
-}
-template <class T, class F>
-void visit(Upstream<T>& up, const Shape& s, F&& f) {
-    f("o", up.o, {s.batch, s.queries, s.query_heads, s.value_dim}, Need::required);
-    f("lse", up.lse, {s.batch, s.queries, s.query_heads}, Need::optional);
 }
 template <class T, class P, class F>
 void visit(Grads<T, P>& g, const Shape& s, F&& f) {
@@ -344,17 +314,6 @@ void visit(Tokens<T, P>& x, const Shape& s, F&& f) {
     f("theta", x.theta, {s.batch, s.queries, s.kv_heads, s.pairs()}, s.importance());
     f("bias", x.bias, {s.query_heads}, Need::optional);
 }
-template <class T, class F>
-void visit(TokenOut<T>& out, const Shape& s, F&& f) {
-    f("o", out.o, {s.batch, s.query_heads, s.value_dim}, Need::required);
-    f("lse", out.lse, {s.batch, s.query_heads}, Need::optional);
-}
-template <class T, class F>
-void visit(TokensOut<T>& out, const Shape& s, F&& f) {
-    f("o", out.o, {s.batch, s.queries, s.query_heads, s.value_dim}, Need::required);
-    f("lse", out.lse, {s.batch, s.queries, s.query_heads}, Need::optional);
-}
-
 /// Sizes of a decoding step: n queries against `capacity` keys.
 template <class T, class P>
 Shape shape_of(const State<T>& state, const Tokens<T, P>& tokens) {

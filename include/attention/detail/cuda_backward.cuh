@@ -34,13 +34,14 @@ struct KeyForm {
 };
 
 /// What score gradients are multiplied by before they are rounded to float16, which has a narrow range: a power of two that
-/// takes the largest that can be, 2 |dout| |v|, to 2^15. Weights are multiplied by 2^12, for the sake of small ones.
+/// takes the largest that can be, 2 |dout| |v| + |dlse|, to 2^15. Weights are multiplied by 2^12, for the sake of small ones.
 inline constexpr float half_weights = 4096.0f;
 struct HalfRange {
-    std::uint32_t dout2, value2;  // the largest squares of norms of rows of dout and of v, as bits
+    std::uint32_t dout2, value2, dlse2;  // the largest squares of norms of rows of dout and of v, and of dlse, as bits
 };
 __device__ inline float half_gradients(const HalfRange& range) {
-    const float bound = 2.0f * sqrtf(__uint_as_float(range.dout2)) * sqrtf(__uint_as_float(range.value2));
+    const auto root = [](std::uint32_t square) { return sqrtf(__uint_as_float(square)); };
+    const float bound = 2.0f * root(range.dout2) * root(range.value2) + root(range.dlse2);
     if (!(bound > 0.0f && bound < INFINITY)) return 1.0f;
     return exp2f(fminf(fmaxf(floorf(15.0f - log2f(bound)), -100.0f), 100.0f));
 }

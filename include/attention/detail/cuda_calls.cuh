@@ -80,13 +80,15 @@ Status make_statistics(const cuda& exec, const Options& options, const Inputs<T>
     }
     if constexpr (std::is_same_v<T, f16>) {
         INTERSTATE_RETURN_IF_ERROR(cuda_status(cudaMemsetAsync(memory.range, 0, sizeof(HalfRange), exec.stream), "cudaMemsetAsync"));
-        const auto norm = [&](const View<const T, 4>& x, std::uint32_t* to) {
+        const auto norm = [&]<class E>(const View<const E, 4>& x, std::uint32_t* to) {
             const Index blocks = ceil_div(x.extent[0] * x.extent[1] * x.extent[2], 32);
-            return launch(exec, "attention.cuda largest norm", largest_norm_kernel<T>, {dim3(static_cast<unsigned>(blocks < 4096 ? blocks : 4096)), dim3(256)},
+            return launch(exec, "attention.cuda largest norm", largest_norm_kernel<E>, {dim3(static_cast<unsigned>(blocks < 4096 ? blocks : 4096)), dim3(256)},
                           x, in.cu_seqlens, to);
         };
         INTERSTATE_RETURN_IF_ERROR(norm(upstream.o, &memory.range->dout2));
         INTERSTATE_RETURN_IF_ERROR(norm(in.v, &memory.range->value2));
+        if (const auto& d = upstream.lse; d && options.score == Score::softmax)
+            INTERSTATE_RETURN_IF_ERROR(norm(view(d.data, {s.batch, s.queries, s.query_heads, Index{1}}, {d.stride[0], d.stride[1], d.stride[2], Index{1}}), &memory.range->dlse2));
     }
     return {};
 }

@@ -39,7 +39,7 @@ __device__ A dot(const View<const T, 4>& x, Index b, Index i, Index h, const Vie
     return dot<A>(x, b, i, h, y, b, j, kv);
 }
 
-/// A policy's channels for the simple kernels, any number of them, stored without decay.
+/// A policy's channels for the simple kernels, any number of them. With g they are stored without decay.
 template <class T>
 struct GeneralChannels {
     using A = acc_t<T>;

@@ -29,36 +29,22 @@ __global__ __launch_bounds__(256) void statistics_kernel(View<const T, 4> o, Vie
     const Index h = row % heads, i = row / heads % queries, b = row / heads / queries;
     const int lane = threadIdx.x % 8, width = static_cast<int>(o.extent[3]);
     A delta = 0;
-    if (there) {
-        const T* const x = &o(b, i, h, 0);
-        const T* const y = &dout(b, i, h, 0);
+    const auto add = [&](const auto* x, Index x_stride, const T* y) {
         if (wide) {
 #pragma unroll 2
             for (int d = lane * V; d < width; d += 8 * V) {
-                const auto left = device::load_wide(x + d), right = device::load_wide(y + d);
+                const auto left = device::load_wide(x + d);
+                const auto right = device::load_wide(y + d);
 #pragma unroll
                 for (int e = 0; e < V; ++e) delta += device::load_as<A>(left.x[e]) * device::load_as<A>(right.x[e]);
             }
         } else {
-            for (int d = lane; d < width; d += 8) delta += device::load_as<A>(x[d * o.stride[3]]) * device::load_as<A>(y[d * dout.stride[3]]);
+            for (int d = lane; d < width; d += 8) delta += device::load_as<A>(x[d * x_stride]) * device::load_as<A>(y[d * dout.stride[3]]);
         }
-    }
+    };
+    if (there) add(&o(b, i, h, 0), o.stride[3], &dout(b, i, h, 0));
     if constexpr (sizeof(T) == 2)
-        if (there && rest) {
-            const bf16* const x = &rest(b, i, h, 0);
-            const T* const y = &dout(b, i, h, 0);
-            if (wide) {
-#pragma unroll 2
-                for (int d = lane * V; d < width; d += 8 * V) {
-                    const auto left = device::load_wide(x + d);
-                    const auto right = device::load_wide(y + d);
-#pragma unroll
-                    for (int e = 0; e < V; ++e) delta += device::load_as<A>(left.x[e]) * device::load_as<A>(right.x[e]);
-                }
-            } else {
-                for (int d = lane; d < width; d += 8) delta += device::load_as<A>(x[d]) * device::load_as<A>(y[d * dout.stride[3]]);
-            }
-        }
+        if (there && rest) add(&rest(b, i, h, 0), Index{1}, &dout(b, i, h, 0));
     for (int step = 4; step > 0; step /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, step);
     if (!there || lane != 0) return;
     const A l = lse(b, i, h);
