@@ -439,9 +439,13 @@ TEST(SisaCpu, BackwardOfSixteenBitsWantsWhatForwardKept) {
 }
 
 TEST(SisaCpu, LongSumsKeepTheirPrecision) {
-    // 20,000 tokens: g and Phi go to the hundreds, their differences must not lose it. Queries are the last ones only.
-    const Case c = make({.queries = 3, .keys = 20000, .half_life = 60.0}, 9);
+    // 65,536 tokens of about a radian each: g goes to the hundreds and Phi to the ten thousands, their differences must not lose it.
+    // Queries are the last ones only.
+    Case c = make({.queries = 3, .keys = 65536, .half_life = 60.0}, 9);
+    for (double& x : c.tensors["theta"].values) x += 1.0;
     expect_close<f32>(c, {}, {Isa::automatic});
+    expect_close<f16>(c, {}, {Isa::automatic});
+    expect_close<bf16>(c, {}, {Isa::automatic});
 }
 
 TEST(SisaCpu, CosSin) {
