@@ -2,11 +2,12 @@
 # Everything that only a GPU can show, in one call: every CUDA kernel against the reference, under
 # compute-sanitizer, and timed beside its peers.
 #
-#   tools/gpu_check.sh build [DIR]   builds the CUDA tests and benchmarks into DIR (default build/gpu), with
+#   tools/gpu_check.sh build [DIR [OPERATOR..]]
+#                                    builds the CUDA tests and benchmarks into DIR (default build/gpu), with
 #                                    the runtime linked statically, so that DIR can be carried to another machine
 #                                    (cuFFT too where the toolkit has its static library; else the other machine
 #                                    needs libcufft on its LD_LIBRARY_PATH); for an H100, or for the architectures
-#                                    that INTERSTATE_GPU_ARCHITECTURES lists
+#                                    that INTERSTATE_GPU_ARCHITECTURES lists; of all operators, or of those named
 #   tools/gpu_check.sh [run [DIR]]   runs what DIR holds; needs a GPU, and PyTorch for the peers
 #
 # $OUT (default DIR/results) gets figures.jsonl, the JSON lines of the benchmarks and peers, and logs.tar.gz.
@@ -20,15 +21,15 @@ peers=(attention sisa s4d s4d_sweep interdomain)
 golden=(attention interdomain s4d sisa)
 
 build() {
-    cmake -S . -B "$1" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON "-DINTERSTATE_CUDA_ARCHITECTURES=${INTERSTATE_GPU_ARCHITECTURES:-90a}" -DINTERSTATE_BUILD_TOOLS=ON -DINTERSTATE_BUILD_EXAMPLES=OFF &&
-        ninja -C "$1" -t targets all | sed -n 's/^\(\(bench\/\)\{0,1\}[a-z0-9_]*_cuda_\(test\|bench\)\): CUDA_EXE.*/\1/p' |
-            xargs ninja -C "$1" replay &&
-        mkdir -p "$1/gpu" &&
-        cp "$1"/*_cuda_test "$1"/bench/*_cuda_bench "$1/tools/replay" "$1/gpu/" &&
-        strip "$1"/gpu/*
-    local status=$?
-    ls -l "$1/gpu"
-    return $status
+    local dir=$1 names programs
+    shift
+    names=$(IFS='|' && echo "$*")
+    cmake -S . -B "$dir" -G Ninja -DCMAKE_BUILD_TYPE=Release -DINTERSTATE_CUDA=ON "-DINTERSTATE_CUDA_ARCHITECTURES=${INTERSTATE_GPU_ARCHITECTURES:-90a}" -DINTERSTATE_BUILD_TOOLS=ON -DINTERSTATE_BUILD_EXAMPLES=OFF || return
+    mapfile -t programs < <(ninja -C "$dir" -t targets all |
+        sed -nE "s#^((bench/)?(${names:-[a-z0-9_]+})(_[a-z0-9]+)?_cuda_(test|bench)): CUDA_EXE.*#\1#p")
+    ((${#programs[@]})) || { echo "gpu_check: no CUDA programs of: $*" >&2; return 1; }
+    ninja -C "$dir" replay "${programs[@]}" && rm -rf "$dir/gpu" && mkdir "$dir/gpu" &&
+        cp "${programs[@]/#/$dir/}" "$dir/tools/replay" "$dir/gpu/" && strip "$dir"/gpu/* && ls -l "$dir/gpu"
 }
 
 failures=()
@@ -43,7 +44,7 @@ step() {
 }
 
 run() {
-    local dir=$1/gpu tests benches
+    local dir=$1/gpu tests benches beside=()
     out=$1/results
     mkdir -p "$out" "${OUT:-$out}"
     rm -f "$out"/*.log  # of an earlier run
@@ -63,6 +64,7 @@ run() {
         step "$(basename "$program")" "$program"
     done
     for op in "${golden[@]}"; do
+        [[ -x $dir/${op}_cuda_test ]] || continue
         for file in tests/golden/"$op".*.safetensors; do
             for dtype in f64 f32 f16 bf16; do
                 # exp(clamp) leaves float16's range; the test expects the refusal.
@@ -87,7 +89,10 @@ run() {
         lines=40 step "$(basename "$program")" "$program"
     done
     if python3 -c 'import torch' 2>/dev/null; then
-        lines=40 step torch_gpu python3 benchmarks/peers/torch_gpu.py "${peers[@]}"
+        for peer in "${peers[@]}"; do
+            [[ ! -x $dir/${peer%_sweep}_cuda_test ]] || beside+=("$peer")
+        done
+        lines=40 step torch_gpu python3 benchmarks/peers/torch_gpu.py "${beside[@]}"
     else
         echo "peers skipped: python3 has no torch"
     fi
@@ -103,7 +108,7 @@ run() {
 }
 
 case ${1-run} in
-    build) build "${2-build/gpu}" ;;
+    build) build "${2-build/gpu}" "${@:3}" ;;
     run) run "${2-build/gpu}" ;;
-    *) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+    *) sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
 esac
