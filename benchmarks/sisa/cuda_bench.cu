@@ -184,6 +184,7 @@ int main(int argc, char** argv) {
     for (const double half_life : {0.5, 10.0, 1e4}) run<bf16>({.B = 4, .L = 4096, .Hq = 32, .d = 64, .ds = 16, .half_life = half_life}, c);
     run<bf16>({4, 4096, 32, 64, 16, 8}, c);
     run<f16>({4, 4096, 32, 64, 16}, c);
+    run<f16>({.B = 4, .L = 4096, .Hq = 32, .d = 64, .ds = 16, .half_life = 10.0}, c);
     run<bf16>({4, 4096, 32, 128, 64}, c);
     run<f64>({1, 1024, 8, 64, 16}, c);
     bench::decode_sisa(c);
