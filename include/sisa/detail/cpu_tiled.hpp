@@ -30,30 +30,29 @@ struct CosSin {
     template <class V>
     static INTERSTATE_INLINE void vector(const V& x, V& cosine, V& sine) {
         using Int = typename V::int_type;
-        const auto c = [](double value) { return simd::broadcast<V>(value); };
-        const V shifter = c(6755399441055744.0);  // 1.5 * 2^52
-        const V t = simd::fma(x, c(0.63661977236758134308), shifter);
+        const V shifter = simd::broadcast<V>(6755399441055744.0);  // 1.5 * 2^52
+        const V t = simd::fma(x, simd::broadcast<V>(0.63661977236758134308), shifter);
         const V n = t - shifter;
-        V r = simd::fnma(n, c(1.57079632673412561417), x);  // 33 bits of pi/2: exact
-        r = simd::fnma(n, c(6.07710050650619224932e-11), r);
+        V r = simd::fnma(n, simd::broadcast<V>(1.57079632673412561417), x);  // 33 bits of pi/2: exact
+        r = simd::fnma(n, simd::broadcast<V>(6.07710050650619224932e-11), r);
         const V z = r * r;
-        V s = c(-1.0 / 1307674368000.0);
-        s = simd::fma(s, z, c(1.0 / 6227020800.0));
-        s = simd::fma(s, z, c(-1.0 / 39916800.0));
-        s = simd::fma(s, z, c(1.0 / 362880.0));
-        s = simd::fma(s, z, c(-1.0 / 5040.0));
-        s = simd::fma(s, z, c(1.0 / 120.0));
-        s = simd::fma(s, z, c(-1.0 / 6.0));
+        V s = simd::broadcast<V>(-1.0 / 1307674368000.0);
+        s = simd::fma(s, z, simd::broadcast<V>(1.0 / 6227020800.0));
+        s = simd::fma(s, z, simd::broadcast<V>(-1.0 / 39916800.0));
+        s = simd::fma(s, z, simd::broadcast<V>(1.0 / 362880.0));
+        s = simd::fma(s, z, simd::broadcast<V>(-1.0 / 5040.0));
+        s = simd::fma(s, z, simd::broadcast<V>(1.0 / 120.0));
+        s = simd::fma(s, z, simd::broadcast<V>(-1.0 / 6.0));
         s = simd::fma(s * z, r, r);
-        V k = c(1.0 / 20922789888000.0);
-        k = simd::fma(k, z, c(-1.0 / 87178291200.0));
-        k = simd::fma(k, z, c(1.0 / 479001600.0));
-        k = simd::fma(k, z, c(-1.0 / 3628800.0));
-        k = simd::fma(k, z, c(1.0 / 40320.0));
-        k = simd::fma(k, z, c(-1.0 / 720.0));
-        k = simd::fma(k, z, c(1.0 / 24.0));
-        k = simd::fma(k, z, c(-0.5));
-        k = simd::fma(k, z, c(1.0));
+        V k = simd::broadcast<V>(1.0 / 20922789888000.0);
+        k = simd::fma(k, z, simd::broadcast<V>(-1.0 / 87178291200.0));
+        k = simd::fma(k, z, simd::broadcast<V>(1.0 / 479001600.0));
+        k = simd::fma(k, z, simd::broadcast<V>(-1.0 / 3628800.0));
+        k = simd::fma(k, z, simd::broadcast<V>(1.0 / 40320.0));
+        k = simd::fma(k, z, simd::broadcast<V>(-1.0 / 720.0));
+        k = simd::fma(k, z, simd::broadcast<V>(1.0 / 24.0));
+        k = simd::fma(k, z, simd::broadcast<V>(-0.5));
+        k = simd::fma(k, z, simd::broadcast<V>(1.0));
         // The quarter turns are the low bits of t.
         Int quarter;
         std::memcpy(&quarter, &t.v, sizeof quarter);
