@@ -57,7 +57,7 @@ Arguments parse(int argc, char** argv) {
     app.add_option("--needles", arguments.needles, "Needles in each haystack, of which one is asked for")
         ->check(CLI::Range(1, 8))
         ->capture_default_str();
-    app.add_option("--steps", arguments.steps, "The most updates of a run")
+    app.add_option("--steps", arguments.steps, "Updates of a run at most; the learning rate falls to zero over as many")
         ->check(CLI::Range(1, 10'000'000))
         ->capture_default_str();
     app.add_option("--every", arguments.every, "Updates between two evaluations")
