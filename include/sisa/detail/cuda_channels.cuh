@@ -114,7 +114,7 @@ __device__ inline double sum_of_warp(double x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
 }
-/// Sums of a lane and all before it, of `lanes` apart.
+/// The sum of a lane's x and those of all lanes before it that are a multiple of `apart`, a power of two, away.
 __device__ inline double running_sum(double x, int lane, int apart) {
     for (int step = apart; step < 32; step *= 2) {
         const double further = __shfl_up_sync(0xffffffffu, x, step);
