@@ -4,6 +4,17 @@ option(INTERSTATE_WERROR "Warnings are errors in Interstate's own tests, tools, 
        ${PROJECT_IS_TOP_LEVEL})
 set(INTERSTATE_CUDA_ARCHITECTURES "80;90a" CACHE STRING "CUDA architectures of Interstate's own programs")
 
+# Where nothing can run on a GPU, CUDA code is built to see that it builds; optimising it is most of the time that takes.
+option(INTERSTATE_CUDA_QUICK "Compile Interstate's own CUDA programs fast rather than into fast code" OFF)
+if(INTERSTATE_CUDA_QUICK AND INTERSTATE_HAVE_CUDA)
+    include(CheckCompilerFlag)
+    string(TOUPPER "CMAKE_CUDA_FLAGS_${CMAKE_BUILD_TYPE}" interstate_cuda_flags)
+    set(${interstate_cuda_flags} "-O0")  # host code; an -O of another list of options would come before the one here
+    check_compiler_flag(CUDA -Ofc=max INTERSTATE_NVCC_OFC)  # since CUDA 12.9
+else()
+    unset(INTERSTATE_NVCC_OFC CACHE)
+endif()
+
 add_library(interstate_own INTERFACE)
 target_link_libraries(interstate_own INTERFACE interstate::interstate)
 # nvcc writes line directives that -Wpedantic of its host compiler refuses.
@@ -19,6 +30,7 @@ endif()
 # The CUDA runtime is linked statically: these programs are built here and carried to a GPU machine.
 function(interstate_own_cuda target)
     target_link_libraries(${target} PRIVATE interstate_own interstate::cuda)
+    target_compile_options(${target} PRIVATE $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${INTERSTATE_NVCC_OFC}>>:-Ofc=max>)
     set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${INTERSTATE_CUDA_ARCHITECTURES}"
                                                CUDA_RUNTIME_LIBRARY Static)
 endfunction()
