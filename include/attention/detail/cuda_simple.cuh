@@ -39,19 +39,19 @@ __device__ A dot(const View<const T, 4>& x, Index b, Index i, Index h, const Vie
     return dot<A>(x, b, i, h, y, b, j, kv);
 }
 
-/// A policy's channels for the simple kernels, any number of them. With g they are stored without decay.
-template <class T>
+/// A policy's channels for the simple kernels, any number of them. With g they are stored without decay. The difference of two Sums is a double.
+template <class T, class Sum = double>
 struct GeneralChannels {
     using A = acc_t<T>;
     static constexpr bool adds_term = false;
     static constexpr int channels = -1;
     View<const T, 4> c, b;        // (B, Lq, Hq, ds), (B, Lk, Hkv, ds)
-    View<const double, 3> g;      // (B, Lk, Hkv), the sum of log_alpha in powers of two; null: no decay
+    View<const Sum, 3> g;         // (B, Lk, Hkv), the sum of log_alpha; null: no decay
     View<const A, 1> strength;    // (Hq)
     View<A, 4> dc, db;
     /// exp(g of a query - g of a key), rows of the key tensors.
     __device__ A decay(Index batch, Index query, Index key, Index kv) const {
-        return g ? static_cast<A>(exp2(g(batch, query, kv) - g(batch, key, kv))) : A(1);
+        return g ? static_cast<A>(exp(g(batch, query, kv) - g(batch, key, kv))) : A(1);
     }
 };
 

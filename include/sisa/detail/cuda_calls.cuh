@@ -15,7 +15,12 @@ namespace detail {
 template <class T>
 struct CudaWorkspace {
     using A = acc_t<T>;
-    double *sums, *bounds, *query_level, *key_level;
+    using Sum = decay_sum_t<T>;
+    Sum* decays;
+    double* angles;
+    Sum* bounds;
+    double* query_level;
+    Sum* key_level;
     A* strength;
     T *c, *b;
     attention::detail::BackwardWorkspace<A> of_attention;
@@ -25,10 +30,11 @@ struct CudaWorkspace {
     double *published, *strengths;
 
     CudaWorkspace(Arena& arena, const Options& options, const Shape& s, Index padded, bool backward)
-        : sums(arena.take<double>(chunks(s) * s.kv_heads * (1 + s.pairs()))),
-          bounds(arena.take<double>(options.mode == Mode::published ? chunks(s) * s.kv_heads * 2 : 0)),
+        : decays(arena.take<Sum>(chunks(s) * s.kv_heads)),
+          angles(arena.take<double>(chunks(s) * s.kv_heads * s.pairs())),
+          bounds(arena.take<Sum>(options.mode == Mode::published ? chunks(s) * s.kv_heads * 2 : 0)),
           query_level(arena.take<double>(s.batch * s.queries * s.kv_heads)),
-          key_level(arena.take<double>(s.batch * s.keys * s.kv_heads)),
+          key_level(arena.take<Sum>(s.batch * s.keys * s.kv_heads)),
           strength(arena.take<A>(s.query_heads)),
           c(arena.take<T>(s.batch * s.queries * s.query_heads * padded)),
           b(arena.take<T>(s.batch * s.keys * s.kv_heads * padded)),
@@ -54,7 +60,8 @@ inline View<bf16, 4> rest_of_o(const Options& options, const Shape& s, Saved sav
     if (!saved.data || rest_size(options, s) == 0) return {};
     return view(static_cast<bf16*>(saved.data), {s.batch, s.queries, s.query_heads, s.value_dim});
 }
-inline View<double, 3> by_heads(double* data, Index batch, Index length, Index heads) {
+template <class E>
+View<E, 3> by_heads(E* data, Index batch, Index length, Index heads) {
     return view(data, {batch, length, heads}, {heads * length, Index{1}, length});
 }
 
@@ -90,14 +97,15 @@ Problem<T, P> problem_of(const Options& options, const Inputs<T, P>& in, const C
     return {.shape = s,
             .chunks = Chunks(s),
             .in = in,
-            .columns = static_cast<int>(1 + s.pairs()),
+            .pairs = static_cast<int>(s.pairs()),
             .padded = static_cast<int>(padded),
             .published = options.mode == Mode::published,
             .pairwise = pairwise,
             .wide = padded == s.state_dim && s.state_dim % 8 == 0 && device::moves_wide(in.B, s.state_dim) && device::moves_wide(in.C, s.state_dim),
             .clamp = options.clamp,
             .scale = static_cast<acc_t<T>>(attention::scale_of(attention_of(options), s.head_dim)),
-            .sums = memory.sums,
+            .decays = memory.decays,
+            .angles = memory.angles,
             .bounds = memory.bounds,
             .query_level = by_heads(memory.query_level, s.batch, s.queries, s.kv_heads),
             .key_level = by_heads(memory.key_level, s.batch, s.keys, s.kv_heads),
@@ -113,8 +121,8 @@ Status make_channels(const cuda& exec, const Problem<T, P>& p) {
     const dim3 grid(static_cast<unsigned>(blocks)), threads(chunk_threads);
     INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda sums", chunk_sums_kernel<T, P>, {grid, threads}, p));
     INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda offsets", chunk_offsets_kernel<T, P>,
-                                      {dim3(static_cast<unsigned>(p.chunks.sequences * p.shape.kv_heads), static_cast<unsigned>(p.columns)), dim3(scan_threads)}, p));
-    const std::size_t shared = ChunkTables<T>::bytes(std::min(p.columns - 1, pairs_at_once));
+                                      {dim3(static_cast<unsigned>(p.chunks.sequences * p.shape.kv_heads), static_cast<unsigned>(1 + p.pairs)), dim3(scan_threads)}, p));
+    const std::size_t shared = ChunkTables<T>::bytes(std::min(p.pairs, pairs_at_once));
     return launch(exec, "sisa.cuda channels", make_channels_kernel<T, P>, {grid, threads, shared}, p);
 }
 
@@ -122,13 +130,13 @@ Status make_channels(const cuda& exec, const Problem<T, P>& p) {
 template <class T, class P, int count>
 auto policy_of(const Problem<T, P>& p, const CudaWorkspace<T>& memory) {
     const Shape& s = p.shape;
-    const auto levels = [&](const View<double, 3>& of) { return p.published ? View<const double, 3>{} : View<const double, 3>(of); };
+    const auto levels = [&]<class E>(const View<E, 3>& of) { return p.published ? View<const E, 3>{} : View<const E, 3>(of); };
     const auto dc = by_heads(memory.dc, s.batch, s.queries, s.query_heads, p.padded), db = by_heads(memory.db, s.batch, s.keys, s.kv_heads, p.padded);
     if constexpr (count > 0) {
         return attention::detail::Channels<T, count>{p.c, p.b, levels(p.query_level), levels(p.key_level), dc, db};
     } else {
         const auto strength = view(static_cast<const acc_t<T>*>(memory.strength), {s.query_heads});
-        return attention::detail::GeneralChannels<T>{p.c, p.b, levels(p.key_level), strength, dc, db};
+        return attention::detail::GeneralChannels<T, decay_sum_t<T>>{p.c, p.b, levels(p.key_level), strength, dc, db};
     }
 }
 
@@ -176,7 +184,7 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
                                        .dc = policy.dc,
                                        .db = policy.db,
                                        .grads = grads,
-                                       .dg = p.key_level,
+                                       .dg = by_heads(reinterpret_cast<double*>(memory.key_level), s.batch, s.keys, s.kv_heads),
                                        .turns = memory.turns,
                                        .carries = memory.carries,
                                        .published = memory.published,
@@ -184,10 +192,10 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T, P>
                                        .wide = p.wide && moves(grads.B, s.state_dim) && moves(grads.C, s.state_dim),
                                        .wide_theta = s.pairs() % 4 == 0 && moves(grads.theta, s.pairs())};
         const dim3 grid(static_cast<unsigned>(p.chunks.count * s.kv_heads)), threads(chunk_threads);
-        INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda channel gradients", channel_gradients_kernel<T, P>, {grid, threads, GradientTables<T>::bytes(p.columns - 1)}, to));
+        INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda channel gradients", channel_gradients_kernel<T, P>, {grid, threads, GradientTables<T>::bytes(p.pairs)}, to));
         if (sums) {
             INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda carries", gradient_carries_kernel<T, P>,
-                                              {dim3(static_cast<unsigned>(p.chunks.sequences * s.kv_heads), static_cast<unsigned>(p.columns)), dim3(scan_threads)}, to));
+                                              {dim3(static_cast<unsigned>(p.chunks.sequences * s.kv_heads), static_cast<unsigned>(1 + p.pairs)), dim3(scan_threads)}, to));
             INTERSTATE_RETURN_IF_ERROR(launch(exec, "sisa.cuda sums of gradients", finish_gradients_kernel<T, P>, {grid, threads}, to));
         }
         if (!grads.lam) return {};

@@ -24,21 +24,100 @@ struct Chunks {
           count(s.packed() ? s.keys / chunk_tokens + s.sequences : s.batch * of_each) {}
 };
 
-/// A chunk as a block finds it.
+/// A sum of float64 with what rounding took from it, so that a running sum that has become large, as behind hard resets, still tells
+/// neighbours apart to float64's last bit.
+struct Precise {
+    double value, rest;
+    Precise() = default;
+    __device__ Precise(double x) : value(x), rest(0.0) {}
+    __device__ explicit operator double() const { return value; }
+    friend __device__ Precise operator+(const Precise& a, const Precise& b) {
+        const Precise sum = exact_sum(a.value, b.value);
+        return exact_sum(sum.value, sum.rest + (a.rest + b.rest));
+    }
+    friend __device__ double operator-(const Precise& a, const Precise& b) { return (a.value - b.value) + (a.rest - b.rest); }
+    friend __device__ bool operator<(const Precise& a, const Precise& b) { return a.value < b.value || (a.value == b.value && a.rest < b.rest); }
+
+private:
+    static __device__ Precise exact_sum(double a, double b) {
+        Precise sum(a + b);
+        const double from_b = sum.value - a;
+        sum.rest = (a - (sum.value - from_b)) + (b - from_b);
+        return sum;
+    }
+};
+/// What sums of log_alpha have: float32 and 16 bits need no more than float64.
+template <class T>
+using decay_sum_t = std::conditional_t<std::is_same_v<T, f64>, Precise, double>;
+
+__device__ inline double shuffle_up(double x, int by) { return __shfl_up_sync(0xffffffffu, x, by); }
+__device__ inline Precise shuffle_up(Precise x, int by) {
+    x.value = shuffle_up(x.value, by);
+    x.rest = shuffle_up(x.rest, by);
+    return x;
+}
+__device__ inline double shuffle_down(double x, int by) { return __shfl_down_sync(0xffffffffu, x, by); }
+__device__ inline Precise shuffle_down(Precise x, int by) {
+    x.value = shuffle_down(x.value, by);
+    x.rest = shuffle_down(x.rest, by);
+    return x;
+}
+
+/// What every kernel here reads.
+template <class T, class P>
+struct Problem {
+    Shape shape;
+    Chunks chunks;
+    Inputs<T, P> in;
+    using Sum = decay_sum_t<T>;
+    int pairs;
+    int padded;           // channels as stored, zeros behind the last
+    bool published, pairwise;  // pairwise: channels are stored without decay, the level of a key is its g, and there is none of a query
+    bool wide;            // four pairs of B and C are 16 bytes at once, or 32
+    double clamp;
+    acc_t<T> scale;       // of attention's products
+    Sum* decays;          // (chunks, Hkv), of log_alpha: of each chunk, then of all before it
+    double* angles;       // (chunks, Hkv, pairs), of theta, likewise
+    Sum* bounds;          // (chunks, Hkv, 2), published: largest and smallest g of a chunk, then of its sequence
+    View<double, 3> query_level;  // (B, Lq, Hkv), in powers of two
+    View<Sum, 3> key_level;       // (B, Lk, Hkv), in powers of two; pairwise: natural
+    View<T, 4> c, b;      // channels as stored
+    acc_t<T>* strength;   // (Hq), lambda
+    __device__ Sum& decay_of(Index chunk, Index kv) const { return decays[chunk * shape.kv_heads + kv]; }
+    __device__ double* angles_of(Index chunk, Index kv) const { return angles + (chunk * shape.kv_heads + kv) * pairs; }
+    __device__ Sum* bounds_of(Index chunk, Index kv) const { return bounds + (chunk * shape.kv_heads + kv) * 2; }
+    /// x of eq. 11, before the clamp.
+    __device__ double published_exponent(Index slot, Index kv, const Sum& g) const {
+        const Sum* const of = bounds_of(slot, kv);
+        return static_cast<double>(g) - (static_cast<double>(of[0]) + static_cast<double>(of[1])) / 2.0;
+    }
+    /// Whether g is the largest of its sequence, or the smallest.
+    __device__ bool is_bound(Index slot, Index kv, const Sum& g, int which) const { return static_cast<double>(g) == static_cast<double>(bounds_of(slot, kv)[which]); }
+    /// Keys before the first query: the last query stands at the last key.
+    __device__ Index missing() const { return shape.packed() ? 0 : shape.keys - shape.queries; }
+};
+
+/// A chunk as a block finds it: that of its number unless told another.
 struct Chunk {
+    Index slot, kv;               // its number, and the key/value head
     Index sequence, batch, row0;  // row0: where the sequence begins in the tensors of keys
     int first, count, length;     // position of the first token, tokens here, tokens of the sequence
 };
-__device__ inline bool find_chunk(Chunk& at, const Shape& s, const View<const std::int32_t, 1>& cu, const Chunks& chunks, Index slot) {
+template <class T, class P>
+__device__ bool find_chunk(Chunk& at, const Problem<T, P>& p, Index slot, Index kv) {
+    const Shape& s = p.shape;
+    const auto& cu = p.in.cu_seqlens;
+    at.slot = slot;
+    at.kv = kv;
     if (!s.packed()) {
-        const auto of_each = static_cast<unsigned>(chunks.of_each), number = static_cast<unsigned>(slot);
+        const auto of_each = static_cast<unsigned>(p.chunks.of_each), number = static_cast<unsigned>(slot);
         at.sequence = at.batch = number / of_each;
         at.row0 = 0;
         at.length = static_cast<int>(s.keys);
         at.first = static_cast<int>(number % of_each) * chunk_tokens;
     } else {
         if (s.sequences == 0) return false;
-        at.sequence = device::recurrence_of(cu, chunks.sequences, s.keys, slot, chunk_tokens);
+        at.sequence = device::recurrence_of(cu, p.chunks.sequences, s.keys, slot, chunk_tokens);
         const RowRange rows = device::checked_rows(cu, at.sequence, s.keys);
         at.batch = 0;
         at.row0 = rows.begin;
@@ -48,29 +127,11 @@ __device__ inline bool find_chunk(Chunk& at, const Shape& s, const View<const st
     at.count = min(chunk_tokens, at.length - at.first);
     return at.first >= 0 && at.count > 0;
 }
-
-/// What every kernel here reads. Sums have one column for g and one for each pair of channels.
 template <class T, class P>
-struct Problem {
-    Shape shape;
-    Chunks chunks;
-    Inputs<T, P> in;
-    int columns;          // 1 + pairs
-    int padded;           // channels as stored, zeros behind the last
-    bool published, pairwise;  // pairwise: channels are stored without decay, the level of a token is its g
-    bool wide;            // four pairs of B and C are 16 bytes at once, or 32
-    double clamp;
-    acc_t<T> scale;       // of attention's products
-    double* sums;         // (chunks, Hkv, columns): of each chunk, then of all before it
-    double* bounds;       // (chunks, Hkv, 2), published: largest and smallest g of a chunk, then the offset of its sequence
-    View<double, 3> query_level, key_level;  // (B, Lq, Hkv) and (B, Lk, Hkv), in powers of two
-    View<T, 4> c, b;      // channels as stored
-    acc_t<T>* strength;   // (Hq), lambda
-    __device__ double* sums_of(Index chunk, Index kv) const { return sums + (chunk * shape.kv_heads + kv) * columns; }
-    __device__ double* bounds_of(Index chunk, Index kv) const { return bounds + (chunk * shape.kv_heads + kv) * 2; }
-    /// Keys before the first query: the last query stands at the last key.
-    __device__ Index missing() const { return shape.packed() ? 0 : shape.keys - shape.queries; }
-};
+__device__ bool find_chunk(Chunk& at, const Problem<T, P>& p) {
+    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
+    return find_chunk(at, p, blockIdx.x / heads, blockIdx.x % heads);
+}
 
 /// f(token, n) for tokens from `begin` to `end` and n below width, each of them always by the same lane, in the order of memory. What a lane
 /// does for `together` tokens follows each other without branches.
@@ -115,17 +176,19 @@ __device__ inline double sum_of_warp(double x) {
     return x;
 }
 /// The sum of a lane's x and those of all lanes before it that are a multiple of `apart`, a power of two, away.
-__device__ inline double running_sum(double x, int lane, int apart) {
+template <class Sum>
+__device__ Sum running_sum(Sum x, int lane, int apart) {
     for (int step = apart; step < 32; step *= 2) {
-        const double further = __shfl_up_sync(0xffffffffu, x, step);
-        if (lane >= step) x += further;
+        const Sum further = shuffle_up(x, step);
+        if (lane >= step) x = x + further;
     }
     return x;
 }
 
 /// What tokens 2 lane and 2 lane + 1 of a chunk have as sums of log_alpha from its first token on, and what the chunk has.
+template <class Sum>
 struct DecaySums {
-    double earlier, later, total;
+    Sum earlier, later, total;
     template <class T, class P>
     __device__ DecaySums(const Problem<T, P>& p, const Chunk& at, Index kv) {
         const int lane = threadIdx.x;
@@ -133,9 +196,8 @@ struct DecaySums {
             const double x = token < at.count ? static_cast<double>(p.in.log_alpha(at.batch, at.row0 + at.first + token, kv)) : 0.0;
             return !p.published && x <= hard_reset ? hard_reset : x;
         };
-        const double a = own(2 * lane), both = a + own(2 * lane + 1), reached = running_sum(both, lane, 1);
-        const double before = __shfl_up_sync(0xffffffffu, reached, 1);
-        total = __shfl_sync(0xffffffffu, reached, 31);
+        const Sum a = own(2 * lane), both = a + Sum(own(2 * lane + 1)), reached = running_sum(both, lane, 1), before = shuffle_up(reached, 1);
+        total = reached;  // of the last lane
         earlier = lane > 0 ? before + a : a;
         later = lane > 0 ? before + both : both;
     }
@@ -196,27 +258,27 @@ inline namespace INTERSTATE_KERNELS {
 template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void chunk_sums_kernel(const __grid_constant__ Problem<T, P> p) {
     Chunk at;
-    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
-    const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
     const int lane = threadIdx.x;
     if (blockIdx.x == 0)
         for (Index h = lane; h < p.shape.query_heads; h += chunk_threads) p.strength[h] = static_cast<acc_t<T>>(p.in.lam(h));
-    if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
-    double* const sums = p.sums_of(slot, kv);
-    const DecaySums decay(p, at, kv);
-    if (lane == 0) sums[0] = decay.total;
-    sum_angles(p, at, kv, 0, p.columns - 1, [&](int n, int token, double, double total) {
-        if (token == 0) sums[1 + n] = total;
+    if (!find_chunk(at, p)) return;
+    const Index kv = at.kv, slot = at.slot;
+    using Sum = decay_sum_t<T>;
+    double* const angles = p.angles_of(slot, kv);
+    const DecaySums<Sum> decay(p, at, kv);
+    if (lane == chunk_threads - 1) p.decay_of(slot, kv) = decay.total;
+    sum_angles(p, at, kv, 0, p.pairs, [&](int n, int token, double, double total) {
+        if (token == 0) angles[n] = total;
     });
     if (!p.published) return;
-    double largest = 2 * lane < at.count ? decay.earlier : -INFINITY, smallest = 2 * lane < at.count ? decay.earlier : INFINITY;
-    if (2 * lane + 1 < at.count) {
-        largest = fmax(largest, decay.later);
-        smallest = fmin(smallest, decay.later);
-    }
+    const bool has_two = 2 * lane + 1 < at.count;
+    Sum largest = 2 * lane < at.count ? decay.earlier : Sum(-INFINITY), smallest = 2 * lane < at.count ? decay.earlier : Sum(INFINITY);
+    if (has_two && largest < decay.later) largest = decay.later;
+    if (has_two && decay.later < smallest) smallest = decay.later;
     for (int step = 16; step > 0; step /= 2) {
-        largest = fmax(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-        smallest = fmin(smallest, __shfl_xor_sync(0xffffffffu, smallest, step));
+        const Sum high = shuffle_down(largest, step), low = shuffle_down(smallest, step);
+        if (largest < high) largest = high;
+        if (low < smallest) smallest = low;
     }
     if (lane == 0) {
         p.bounds_of(slot, kv)[0] = largest;
@@ -224,44 +286,50 @@ __global__ __launch_bounds__(chunk_threads) void chunk_sums_kernel(const __grid_
     }
 }
 
-/// From sums of chunks to sums of all chunks before, in place, a block for each sequence and head, and column. Published: the offset c (eq. 11).
+/// From a sum of each of `count` chunks, at(i), to that of all before it, in place: what(i, sum). A block's.
+template <class Sum, class At, class F>
+__device__ void add_before(Index count, At&& at, F&& what) {
+    using Scan = cub::BlockScan<Sum, scan_threads>;
+    __shared__ typename Scan::TempStorage memory;
+    Sum before(0.0);
+    for (Index i = threadIdx.x; i - threadIdx.x < count; i += scan_threads) {
+        Sum sum(0.0), total(0.0);
+        Scan(memory).ExclusiveScan(i < count ? at(i) : Sum(0.0), sum, Sum(0.0), [](const Sum& a, const Sum& b) { return a + b; }, total);
+        __syncthreads();
+        if (i < count) what(i, at(i) = before + sum);
+        before = before + total;
+    }
+}
+
+/// From sums of chunks to sums of all chunks before, in place, a block for each sequence and head, and column: decay, then angles. Published:
+/// the largest and smallest g of all.
 template <class T, class P>
 __global__ __launch_bounds__(scan_threads) void chunk_offsets_kernel(const __grid_constant__ Problem<T, P> p) {
-    using Scan = cub::BlockScan<double, scan_threads>;
-    __shared__ typename Scan::TempStorage memory;
-    __shared__ double largest[scan_threads], smallest[scan_threads];
+    using Sum = decay_sum_t<T>;
     const auto heads = static_cast<unsigned>(p.shape.kv_heads);
     const Index kv = blockIdx.x % heads, sequence = blockIdx.x / heads;
-    const auto column = static_cast<int>(blockIdx.y);
+    const auto column = static_cast<int>(blockIdx.y) - 1;
     const RowRange rows = device::checked_rows(p.in.cu_seqlens, sequence, p.shape.keys);
     const Index first = device::first_tile(p.in.cu_seqlens, sequence, p.shape.keys, chunk_tokens), count = ceil_div(rows.end - rows.begin, chunk_tokens);
-    const int thread = threadIdx.x;
-    const bool bounded = p.published && column == 0;
-    double high = -INFINITY, low = INFINITY, before = 0.0;
-    for (Index i = 0; i < count; i += scan_threads) {
-        const bool there = i + thread < count;
-        double* const at = there ? p.sums_of(first + i + thread, kv) + column : nullptr;
-        double sum = 0.0, total = 0.0;
-        Scan(memory).ExclusiveSum(there ? *at : 0.0, sum, total);
-        __syncthreads();
-        if (there) {
-            *at = before + sum;
-            if (bounded) {
-                const double* const bounds = p.bounds_of(first + i + thread, kv);
-                high = fmax(high, before + sum + bounds[0]);
-                low = fmin(low, before + sum + bounds[1]);
-            }
-        }
-        before += total;
+    if (column >= 0) {
+        add_before<double>(count, [&](Index i) -> double& { return p.angles_of(first + i, kv)[column]; }, [](Index, double) {});
+        return;
     }
-    if (!bounded) return;
+    __shared__ Sum largest[scan_threads], smallest[scan_threads];
+    const int thread = threadIdx.x;
+    Sum high(-INFINITY), low(INFINITY);
+    const auto reach = [&](const Sum& top, const Sum& bottom) {
+        if (high < top) high = top;
+        if (bottom < low) low = bottom;
+    };
+    add_before<Sum>(count, [&](Index i) -> Sum& { return p.decay_of(first + i, kv); }, [&](Index i, const Sum& before) {
+        if (p.published) reach(before + p.bounds_of(first + i, kv)[0], before + p.bounds_of(first + i, kv)[1]);
+    });
+    if (!p.published) return;
     largest[thread] = high;
     smallest[thread] = low;
     __syncthreads();
-    for (int i = 0; i < scan_threads; ++i) {
-        high = fmax(high, largest[i]);
-        low = fmin(low, smallest[i]);
-    }
+    for (int i = 0; i < scan_threads; ++i) reach(largest[i], smallest[i]);
     for (Index i = thread; i < count; i += scan_threads) {
         p.bounds_of(first + i, kv)[0] = high;
         p.bounds_of(first + i, kv)[1] = low;
@@ -296,7 +364,8 @@ inline constexpr int pairs_at_once = 32;
 template <class T>
 struct ChunkTables {
     using A = acc_t<T>;
-    double g[chunk_tokens];  // natural; published: x of eq. 11, not clamped
+    using Sum = decay_sum_t<T>;
+    Sum g[chunk_tokens];     // natural; published: x of eq. 11, not clamped
     A key[chunk_tokens];     // what B is stored with; published: exp(-x)
     A query[chunk_tokens];   // what C is stored with, beside its strength; published: exp(x)
 
@@ -308,46 +377,54 @@ struct ChunkTables {
     /// table_at(..), of the pairs that make_turns() made.
     __device__ Turn<A>* turns() { return reinterpret_cast<Turn<A>*>(this + 1); }
 
+    /// g of a chunk's tokens, two a lane.
+    template <class P>
+    static __device__ void write_sums(Sum* to, const Problem<T, P>& p, const Chunk& at, Index slot, Index kv) {
+        const DecaySums<Sum> sums(p, at, kv);
+        const Sum before = p.decay_of(slot, kv);
+        to[2 * threadIdx.x] = before + sums.earlier;
+        to[2 * threadIdx.x + 1] = before + sums.later;
+    }
+
     /// level(token, of its query, of its key), where there are levels.
     template <class P, class F>
     __device__ void make_decay(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv, F&& level) {
-        double* const previous = reinterpret_cast<double*>(turns());  // g of the chunk before, where the first query's tile may begin
+        Sum* const previous = reinterpret_cast<Sum*>(turns());  // g of the chunk before, where the first query's tile may begin
         const int missing = static_cast<int>(p.missing()), lane = threadIdx.x;
-        const auto write = [&](double* to, const Chunk& of, Index of_slot) {
-            const DecaySums sums(p, of, kv);
-            const double before = p.sums_of(of_slot, kv)[0];
-            to[2 * lane] = before + sums.earlier;
-            to[2 * lane + 1] = before + sums.later;
-        };
         if (missing % chunk_tokens != 0 && at.first > 0) {
             Chunk earlier = at;
             earlier.first -= chunk_tokens;
             earlier.count = chunk_tokens;
-            write(previous, earlier, slot - 1);
+            write_sums(previous, p, earlier, slot - 1, kv);
         }
-        write(g, at, slot);
+        write_sums(g, p, at, slot, kv);
         __syncwarp();
         for (int token = lane; token < at.count; token += chunk_threads) {
             constexpr float range = attention::detail::level_range<T>;
             const int position = at.first + token;
             if (p.published) {
-                const double* const bounds = p.bounds_of(slot, kv);
-                const double x = g[token] - (bounds[0] + bounds[1]) / 2.0, y = fmin(fmax(x, -p.clamp), p.clamp);
+                const double x = p.published_exponent(slot, kv, g[token]), y = fmin(fmax(x, -p.clamp), p.clamp);
                 key[token] = static_cast<A>(exp(-y));
                 query[token] = static_cast<A>(exp(y));
                 continue;
             }
-            Leveled<A> of_key{g[token] * attention::detail::log2_e, A(1)}, of_query = of_key;
-            if (!p.pairwise) {
-                of_key = Leveled<A>::of(g[token], g[0], range, -1);
-                if (position >= missing) {
+            key[token] = query[token] = A(1);
+            double of_query = 0.0;
+            Sum of_key = g[token];
+            if constexpr (std::is_same_v<Sum, double>) {  // pairwise otherwise
+                if (!p.pairwise) {
+                    const auto leveled = Leveled<A>::of(g[token], g[0], range, -1);
+                    key[token] = leveled.factor;
+                    of_key = leveled.level;
+                }
+                if (!p.pairwise && position >= missing) {
                     const int top = position - (position - missing) % chunk_tokens - at.first;
-                    of_query = Leveled<A>::of(g[token], top >= 0 ? g[top] : previous[top + chunk_tokens], range, 1);
+                    const auto leveled = Leveled<A>::of(g[token], top >= 0 ? g[top] : previous[top + chunk_tokens], range, 1);
+                    query[token] = leveled.factor;
+                    of_query = leveled.level;
                 }
             }
-            key[token] = of_key.factor;
-            query[token] = of_query.factor;
-            level(token, of_query.level, of_key.level);
+            level(token, of_query, of_key);
         }
         __syncwarp();
     }
@@ -355,7 +432,7 @@ struct ChunkTables {
     /// Of `count` pairs from `first` on.
     template <class P>
     __device__ void make_turns(const Problem<T, P>& p, const Chunk& at, Index slot, Index kv, int first, int count) {
-        const double* const before = p.sums_of(slot, kv) + 1 + first;
+        const double* const before = p.angles_of(slot, kv) + first;
         __syncwarp();
         sum_angles(p, at, kv, first, count, [&](int n, int token, double sum, double) {
             turns()[table_at(count, token, n)] = turn_for<T>(before[n] + sum);
@@ -372,19 +449,18 @@ __global__ __launch_bounds__(chunk_threads, 28) void make_channels_kernel(const 
     using A = acc_t<T>;
     extern __shared__ __align__(16) unsigned char memory[];
     Chunk at;
-    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
-    const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
-    if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
-    const int pairs = p.columns - 1, stored = p.padded / 2, group = static_cast<int>(p.shape.group());
+    if (!find_chunk(at, p)) return;
+    const Index kv = at.kv, slot = at.slot;
+    const int pairs = p.pairs, stored = p.padded / 2, group = static_cast<int>(p.shape.group());
     // The chunk's first token among queries, and how many of its tokens are before the first of them.
     const Index missing = p.missing(), row = at.row0 + at.first, query_row = row - missing;
     const int before = static_cast<int>(max(missing - at.first, Index{0}));
     const HeadRows<const T> B(p.in.B, at.batch, row, kv);
     const HeadRows<T> b(p.b, at.batch, row, kv);
     auto& tables = *reinterpret_cast<ChunkTables<T>*>(memory);
-    tables.make_decay(p, at, slot, kv, [&](int token, double of_query, double of_key) {
+    tables.make_decay(p, at, slot, kv, [&](int token, double of_query, const decay_sum_t<T>& of_key) {
         p.key_level(at.batch, row + token, kv) = of_key;
-        if (token >= before) p.query_level(at.batch, query_row + token, kv) = of_query;
+        if (!p.pairwise && token >= before) p.query_level(at.batch, query_row + token, kv) = of_query;
     });
     const auto rotate = [&](auto is_wide) {
         constexpr bool wide = decltype(is_wide)::value;

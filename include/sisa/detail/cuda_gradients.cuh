@@ -35,7 +35,7 @@ struct GradientProblem {
     __device__ bool resets(const Chunk& at, int token, Index kv) const {
         return !p.published && static_cast<double>(p.in.log_alpha(at.batch, at.row0 + at.first + token, kv)) <= hard_reset;
     }
-    __device__ double* turns_of(Index slot, Index kv) const { return turns + (slot * p.shape.kv_heads + kv) * (p.columns - 1); }
+    __device__ double* turns_of(Index slot, Index kv) const { return turns + (slot * p.shape.kv_heads + kv) * p.pairs; }
     __device__ double* published_of(Index slot, Index kv) const { return published + (slot * p.shape.kv_heads + kv) * 3; }
 };
 
@@ -75,19 +75,18 @@ __global__ __launch_bounds__(chunk_threads, 16) void channel_gradients_kernel(co
     using A = acc_t<T>;
     const Problem<T, P>& p = to.p;
     extern __shared__ __align__(16) unsigned char memory[];
-    const int pairs = p.columns - 1, all_fours = GradientTables<T>::fours(pairs), lane = threadIdx.x;
+    const int pairs = p.pairs, all_fours = GradientTables<T>::fours(pairs), lane = threadIdx.x;
     const GradientTables<T> tables(memory, pairs);
     Chunk at;
-    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
-    const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
-    if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
+    if (!find_chunk(at, p)) return;
+    const Index kv = at.kv, slot = at.slot;
     // The chunk's first token among queries, and how many of its tokens are before the first of them.
     const Index missing = p.missing(), row = at.row0 + at.first, query_row = row - missing, group = p.shape.group();
     const int before = static_cast<int>(max(missing - at.first, Index{0}));
     const HeadRows<const T> b(p.b, at.batch, row, kv);
     const HeadRows<T> dB(to.grads.B, at.batch, row, kv);
     const HeadRows<const A> db(to.db, at.batch, row, kv);
-    tables.chunk.make_decay(p, at, slot, kv, [](int, double, double) {});
+    tables.chunk.make_decay(p, at, slot, kv, [](int, double, const auto&) {});
 
     struct Turns {
         Turn<A> by[4];
@@ -115,15 +114,19 @@ __global__ __launch_bounds__(chunk_threads, 16) void channel_gradients_kernel(co
             }
             device::store_row<wide>(out(token, 2 * (first + n)), out.column, 2 * (count - n), y);
         };
-        const auto put = [&](int token, int four, const A(&x)[8], const A(&d)[8]) {
+        // What x.d and x's turn against d add to a token's pull and turn, four pairs at once. The one that begins sets them.
+        const auto gather = [&](int token, int four, const A(&x)[8], const A(&d)[8], A to_pull, A to_turn, bool begins) {
             A along = 0;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-                if (wide || 4 * four + k < count) tables.turn[table_at(count, token, 4 * four + k)] = x[2 * k] * d[2 * k + 1] - x[2 * k + 1] * d[2 * k];
                 along += x[2 * k] * d[2 * k] + x[2 * k + 1] * d[2 * k + 1];
+                if (!wide && 4 * four + k >= count) continue;
+                A& turn = tables.turn[table_at(count, token, 4 * four + k)];
+                const A across = to_turn * (x[2 * k] * d[2 * k + 1] - x[2 * k + 1] * d[2 * k]);
+                turn = begins ? across : turn + across;
             }
             A& pull = tables.pull[table_at(all_fours, token, four)];
-            pull = first > 0 ? pull - along : -along;
+            pull = begins && first == 0 ? to_pull * along : pull + to_pull * along;
         };
         each_pair<together>(0, at.count, fours, [&](int token, int four) {
             const int n = 4 * four;
@@ -131,11 +134,11 @@ __global__ __launch_bounds__(chunk_threads, 16) void channel_gradients_kernel(co
             device::load_row<wide, true>(b(token, 2 * (first + n)), 1, 2 * (count - n), x);
             device::load_row<wide, true>(db(token, 2 * (first + n)), 1, 2 * (count - n), d);
             turn_back(dB, token, n, turns_at(token, n), d, tables.chunk.key[token]);
-            put(token, four, x, d);
+            gather(token, four, x, d, A(-1), A(1), true);
         });
         each_pair<1>(at.count, chunk_tokens, fours, [&](int token, int four) {
             const A none[8] = {};
-            put(token, four, none, none);
+            gather(token, four, none, none, A(-1), A(1), true);
         });
         for (Index h = kv * group; h < (kv + 1) * group; ++h) {
             const A lambda = p.strength[h], times = p.pairwise ? lambda : p.scale;
@@ -153,13 +156,7 @@ __global__ __launch_bounds__(chunk_threads, 16) void channel_gradients_kernel(co
                 const A factor = tables.chunk.query[token];
                 const Turns turns = turns_at(token, n);
                 turn_back(dC, token, n, turns, d, factor * lambda);
-                A along = 0;
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    if (wide || n + k < count) tables.turn[table_at(count, token, n + k)] += times * (x[2 * k] * d[2 * k + 1] - x[2 * k + 1] * d[2 * k]);
-                    along += x[2 * k] * d[2 * k] + x[2 * k + 1] * d[2 * k + 1];
-                }
-                tables.pull[table_at(all_fours, token, four)] += times * along;
+                gather(token, four, x, d, times, times, false);
                 // lambda's own: of C as given, since the strength in what is stored may be 0.
                 A own = 0;
 #pragma unroll
@@ -206,12 +203,11 @@ __global__ __launch_bounds__(chunk_threads, 16) void channel_gradients_kernel(co
         for (int four = 0; four < all_fours; ++four) sum += static_cast<double>(tables.pull[table_at(all_fours, token, four)]);
         const bool there = token < at.count;
         if (there && p.published) {
-            const double* const bounds = p.bounds_of(slot, kv);
-            const double x = tables.chunk.g[token] - (bounds[0] + bounds[1]) / 2.0;
-            if (fabs(x) > p.clamp) sum = 0.0;  // eq. 24
+            const auto& g = tables.chunk.g[token];
+            if (fabs(p.published_exponent(slot, kv, g)) > p.clamp) sum = 0.0;  // eq. 24
             dy_sum += sum;
-            at_largest += tables.chunk.g[token] == bounds[0] ? 1.0 : 0.0;
-            at_smallest += tables.chunk.g[token] == bounds[1] ? 1.0 : 0.0;
+            at_largest += p.is_bound(slot, kv, g, 0) ? 1.0 : 0.0;
+            at_smallest += p.is_bound(slot, kv, g, 1) ? 1.0 : 0.0;
         }
         if (there) to.dg(at.batch, row + token, kv) = sum;
         const bool cut = there && to.resets(at, token, kv);
@@ -285,13 +281,12 @@ template <class T, class P>
 __global__ __launch_bounds__(chunk_threads) void finish_gradients_kernel(const __grid_constant__ GradientProblem<T, P> to) {
     const Problem<T, P>& p = to.p;
     Chunk at;
-    const auto heads = static_cast<unsigned>(p.shape.kv_heads);
-    const Index kv = blockIdx.x % heads, slot = blockIdx.x / heads;
-    if (!find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) return;
+    if (!find_chunk(at, p)) return;
+    const Index kv = at.kv, slot = at.slot;
     if (to.grads.theta) {
         const double* const reaches = to.turns_of(slot, kv);
         const HeadRows<P> dtheta(to.grads.theta, at.batch, at.row0 + at.first, kv);
-        const int pairs = p.columns - 1;
+        const int pairs = p.pairs;
         const auto finish = [&](auto is_wide) {
             constexpr bool wide = decltype(is_wide)::value;
             each_pair<1>(0, at.count, (pairs + 3) / 4, [&](int token, int four) {
@@ -311,19 +306,17 @@ __global__ __launch_bounds__(chunk_threads) void finish_gradients_kernel(const _
     }
     if (!to.grads.log_alpha) return;
     __shared__ typename cub::WarpScan<Carry>::TempStorage memory;
-    __shared__ double g[chunk_tokens];
+    __shared__ decay_sum_t<T> g[chunk_tokens];
     static_assert(chunk_threads == 32);
     const int lane = threadIdx.x;
     if (p.published) {
-        const DecaySums sums(p, at, kv);
-        g[2 * lane] = p.sums_of(slot, kv)[0] + sums.earlier;
-        g[2 * lane + 1] = p.sums_of(slot, kv)[0] + sums.later;
+        ChunkTables<T>::write_sums(g, p, at, slot, kv);
         __syncwarp();
     }
     const auto share = [&](int token) {
         if (!p.published) return 0.0;
-        const double *const bounds = p.bounds_of(slot, kv), *const shares = to.published_of(slot, kv);
-        return (g[token] == bounds[0] ? shares[0] : 0.0) + (g[token] == bounds[1] ? shares[1] : 0.0);
+        const double* const shares = to.published_of(slot, kv);
+        return (p.is_bound(slot, kv, g[token], 0) ? shares[0] : 0.0) + (p.is_bound(slot, kv, g[token], 1) ? shares[1] : 0.0);
     };
     // Lane 0 has the last two tokens.
     const int later = chunk_tokens - 1 - 2 * lane, earlier = later - 1;
@@ -353,7 +346,7 @@ __global__ __launch_bounds__(scan_threads) void strength_gradient_kernel(const _
     double sum = 0.0;
     for (Index slot = threadIdx.x; slot < p.chunks.count; slot += scan_threads) {
         Chunk at;
-        if (find_chunk(at, p.shape, p.in.cu_seqlens, p.chunks, slot)) sum += to.strength[slot * p.shape.query_heads + h];
+        if (find_chunk(at, p, slot, 0)) sum += to.strength[slot * p.shape.query_heads + h];
     }
     sum = sum_of_block(sum);
     if (threadIdx.x == 0) to.grads.lam(h) = static_cast<P>(sum);
