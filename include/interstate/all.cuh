@@ -11,4 +11,5 @@
 #include <interdomain/interdomain.cuh>
 #include <random_features/random_features.cuh>
 #include <s4d/s4d.cuh>
+#include <sisa/prelude.cuh>
 #include <sisa/sisa.cuh>

@@ -217,7 +217,13 @@ void visit(Grads<T, P>& g, const Shape& s, F&& f) {
     visit_inputs(g, s, Need::optional, Need::optional, f);
 }
 
-/// ds is the larger of what C and B say, so that one of them cannot be forgotten.
+/// ds: the larger of what C and B say, so that one of them cannot be forgotten, and where both were, what theta says.
+template <class Tensors>
+Index state_dim_of(const Tensors& x) {
+    const Index channels = x.C.extent[3] > x.B.extent[3] ? x.C.extent[3] : x.B.extent[3];
+    return channels != 0 ? channels : 2 * x.theta.extent[3];
+}
+
 template <class T, class P>
 Shape shape_of(const Inputs<T, P>& in) {
     return {.dtype = dtype_of<T>,
@@ -228,7 +234,7 @@ Shape shape_of(const Inputs<T, P>& in) {
             .kv_heads = in.k.extent[2],
             .head_dim = in.q.extent[3],
             .value_dim = in.v.extent[3],
-            .state_dim = in.C.extent[3] > in.B.extent[3] ? in.C.extent[3] : in.B.extent[3],
+            .state_dim = state_dim_of(in),
             .sequences = in.cu_seqlens ? in.cu_seqlens.extent[0] - 1 : -1};
 }
 
@@ -325,7 +331,7 @@ Shape shape_of(const State<T>& state, const Tokens<T, P>& tokens) {
             .kv_heads = tokens.k.extent[2],
             .head_dim = tokens.q.extent[3],
             .value_dim = tokens.v.extent[3],
-            .state_dim = tokens.C.extent[3] > tokens.B.extent[3] ? tokens.C.extent[3] : tokens.B.extent[3]};
+            .state_dim = state_dim_of(tokens)};
 }
 template <class T, class P>
 Shape shape_of(const State<T>& state, const Token<T, P>& token) {

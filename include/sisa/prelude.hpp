@@ -1,6 +1,6 @@
 // What makes log_alpha and lambda of a layer's projections (docs/ops/sisa.md, eq. 27 and 28), forward and
-// backward, for the executors `reference` and `cpu`. B, C and theta are projections as they are; RoPE of q
-// and k is feature_map's.
+// backward, for the executors `reference` and `cpu`; sisa/prelude.cuh has them for `cuda`. B, C and theta are
+// projections as they are; RoPE of q and k is feature_map's.
 //
 //     log_alpha = -softplus(alpha + b_alpha),   lam = softplus(lambda_raw)
 //
@@ -45,9 +45,9 @@ struct Grads {
 };
 
 /// log(1 + exp(x)), right for any x.
-inline double softplus(double x) { return (x > 0.0 ? x : 0.0) + std::log1p(std::exp(-std::abs(x))); }
+INTERSTATE_HD inline double softplus(double x) { return (x > 0.0 ? x : 0.0) + std::log1p(std::exp(-std::abs(x))); }
 /// Its derivative.
-inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+INTERSTATE_HD inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
 namespace detail {
 
@@ -67,8 +67,7 @@ Status validate(const Inputs<T, P>& in) {
     check("alpha", in.alpha, {e[0], e[1], e[2]}, Need::required);
     check("b_alpha", in.b_alpha, {e[2]}, Need::optional);
     check("lambda_raw", in.lambda_raw, {in.lambda_raw.extent[0]}, Need::optional);
-    INTERSTATE_RETURN_IF_ERROR(check.status);
-    return check_cu_seqlens(in.cu_seqlens, e[1]);
+    return check.status;
 }
 /// Of results or of their upstream gradients, which have the same shapes.
 template <class T, class P, class Results>
@@ -78,6 +77,17 @@ Status validate(const Inputs<T, P>& in, const Results& results, const char* log_
     CheckTensors check;
     check(log_alpha, results.log_alpha, {e[0], e[1], e[2]}, Need::required);
     check(lam, results.lam, {in.lambda_raw.extent[0]}, in.lambda_raw ? Need::required : Need::optional);
+    return check.status;
+}
+
+template <class T, class P>
+Status validate(const Inputs<T, P>& in, const Upstream<P>& upstream, const Grads<T, P>& grads) {
+    INTERSTATE_RETURN_IF_ERROR(validate(in, upstream, "dout.log_alpha", "dout.lam"));
+    const auto& e = in.alpha.extent;
+    CheckTensors check;
+    check("grad.alpha", grads.alpha, {e[0], e[1], e[2]}, Need::optional);
+    check("grad.b_alpha", grads.b_alpha, {e[2]}, Need::optional);
+    check("grad.lambda_raw", grads.lambda_raw, {in.lambda_raw.extent[0]}, Need::optional);
     return check.status;
 }
 
@@ -102,12 +112,18 @@ void rows(const Exec& exec, const Inputs<T, P>& in, F&& f) {
 
 /// Whether row t belongs to a sequence.
 template <class T, class P>
-bool in_a_sequence(const Inputs<T, P>& in, Index t) {
+INTERSTATE_HD bool in_a_sequence(const Inputs<T, P>& in, Index t) {
     return !in.cu_seqlens || (t >= in.cu_seqlens(0) && t < in.cu_seqlens(in.cu_seqlens.extent[0] - 1));
 }
 template <class T, class P>
-double raw_alpha(const Inputs<T, P>& in, Index b, Index t, Index h) {
+INTERSTATE_HD double raw_alpha(const Inputs<T, P>& in, Index b, Index t, Index h) {
     return static_cast<double>(in.alpha(b, t, h)) + (in.b_alpha ? static_cast<double>(in.b_alpha(h)) : 0.0);
+}
+/// The gradient of alpha, and what a row adds to b_alpha's.
+template <class T, class P>
+INTERSTATE_HD double slope(const Inputs<T, P>& in, const Upstream<P>& upstream, Index b, Index t, Index h) {
+    if (!in_a_sequence(in, t)) return 0.0;
+    return -sigmoid(raw_alpha(in, b, t, h)) * static_cast<double>(upstream.log_alpha(b, t, h));
 }
 
 inline Status settle(const reference&, reference&) { return {}; }
@@ -126,6 +142,7 @@ Status forward(const Exec& requested, const Inputs<T, P>& in, const Outputs<P>& 
     Exec exec;
     INTERSTATE_RETURN_IF_ERROR(detail::settle(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(detail::validate(in, out, "log_alpha", "lam"));
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, in.alpha.extent[1]));
     detail::rows(exec, in, [&](Index b, Index t) {
         const bool inside = detail::in_a_sequence(in, t);
         for (Index h = 0; h < in.alpha.extent[2]; ++h)
@@ -144,27 +161,18 @@ Status backward(const Exec& requested, const Inputs<T, P>& in, const Upstream<P>
                 const Grads<T, P>& grads) {
     Exec exec;
     INTERSTATE_RETURN_IF_ERROR(detail::settle(requested, exec));
-    INTERSTATE_RETURN_IF_ERROR(detail::validate(in, upstream, "dout.log_alpha", "dout.lam"));
+    INTERSTATE_RETURN_IF_ERROR(detail::validate(in, upstream, grads));
     const Index B = in.alpha.extent[0], L = in.alpha.extent[1], H = in.alpha.extent[2];
-    CheckTensors check;
-    check("grad.alpha", grads.alpha, {B, L, H}, Need::optional);
-    check("grad.b_alpha", grads.b_alpha, {H}, Need::optional);
-    check("grad.lambda_raw", grads.lambda_raw, {in.lambda_raw.extent[0]}, Need::optional);
-    INTERSTATE_RETURN_IF_ERROR(check.status);
-
-    const auto slope = [&](Index b, Index t, Index h) {
-        if (!detail::in_a_sequence(in, t)) return 0.0;
-        return -sigmoid(detail::raw_alpha(in, b, t, h)) * static_cast<double>(upstream.log_alpha(b, t, h));
-    };
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, L));
     if (grads.alpha)
         detail::rows(exec, in, [&](Index b, Index t) {
-            for (Index h = 0; h < H; ++h) grads.alpha(b, t, h) = static_cast<T>(slope(b, t, h));
+            for (Index h = 0; h < H; ++h) grads.alpha(b, t, h) = static_cast<T>(detail::slope(in, upstream, b, t, h));
         });
     if (grads.b_alpha)
         detail::for_each(exec, H, 1, [&](Index h) {
             double sum = 0.0;
             for (Index b = 0; b < B; ++b)
-                for (Index t = 0; t < L; ++t) sum += slope(b, t, h);
+                for (Index t = 0; t < L; ++t) sum += detail::slope(in, upstream, b, t, h);
             grads.b_alpha(h) = static_cast<P>(sum);
         });
     if (grads.lambda_raw && upstream.lam)

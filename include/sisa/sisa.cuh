@@ -35,6 +35,8 @@ inline KernelChoice which_kernel(const cuda& exec, const Options& options, const
     if (s.dtype == DType::f64) return {"sisa.cuda.simple", "float64: no tensor cores, a row at a time"};
     if (s.head_dim > 128 || s.value_dim > 128 || s.state_dim > 128)
         return {"sisa.cuda.simple", "heads or channels of more than 128 columns: no tensor cores, a row at a time"};
+    if (std::size_t limit = 0; !shared_memory_limit(limit).ok())
+        return {"sisa.cuda.tiled or simple", "there is no device to ask for its shared memory: tensor cores where it suffices, else a row at a time"};
     const auto fits = [&](bool backward) {
         bool tiled = false;
         (void)dispatch_dtype(s.dtype, [&](auto t) { return detail::dispatch_channels<decltype(t)>(s, backward, [&](auto dim, auto) { return tiled = dim > 0, Status{}; }); });
@@ -104,6 +106,8 @@ KernelChoice which_step_kernel(const cuda& exec, const Options& options, const S
     if (s.dtype == DType::f64) return {"sisa.cuda.step.simple", "float64: no tensor cores, a row at a time"};
     if (s.head_dim > 128 || s.value_dim > 128 || s.state_dim > 128)
         return {"sisa.cuda.step.simple", "heads or channels of more than 128 columns: no tensor cores, a row at a time"};
+    if (std::size_t limit = 0; !shared_memory_limit(limit).ok())
+        return {"sisa.cuda.step.split or simple", "there is no device to ask for its shared memory: tensor cores where it suffices, else a row at a time"};
     bool fits = false;
     (void)detail::dispatch_step<T>(s, [&](auto dim, auto, auto) { return fits = dim > 0, Status{}; });
     if (!fits) return {"sisa.cuda.step.simple", "a block of this device has too little shared memory: a row at a time"};

@@ -4,13 +4,19 @@
 #include <array>
 #include <cmath>
 #include <cstdio>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include <interstate/verify.cuh>
+#include <sisa/prelude.cuh>
 #include <sisa/reference.hpp>
 #include <sisa/sisa.cuh>
 
 #include "../support/cuda_graph.cuh"
+#include "../support/cuda_memory.cuh"
 #include "../support/cuda_packed.cuh"
+#include "prelude_case.hpp"
 #include "rounded_formula.hpp"
 #include "sisa_cases.hpp"
 
@@ -225,8 +231,46 @@ void edges(Checks& checks) {
             checks.expect(std::isnan(o[static_cast<std::size_t>((i * 4 + h) * 64)]) == (i >= 50 && h < 2), "NaN", "NaN is what reads it and nothing else");
 }
 
+/// eq. 27 and 28 against the reference: more elements than threads, none, packed, and rows of no sequence full of NaN.
+template <class T>
+void prelude(Checks& checks, Index batch, Index length, std::vector<std::int32_t> cu) {
+    PreludeCase<T> want(batch, length, 61);
+    want.cu = std::move(cu);
+    for (std::size_t i = 0; !want.cu.empty() && i < want.alpha.size(); ++i)
+        if (const auto row = static_cast<std::int32_t>(i / 3); row < want.cu.front() || row >= want.cu.back()) want.alpha[i] = T(NAN);
+    PreludeCase<T> got = want;
+    OnDevice at(checks);
+    for (const Status& s : {want.forward(reference{}), want.backward(reference{}), got.forward(gpu, at), got.backward(gpu, at)})
+        checks.expect(s.ok(), "prelude", s.message());
+    checks.expect(cudaDeviceSynchronize() == cudaSuccess, "prelude", "runs");
+    const auto close = [&](const char* what, auto& x, const auto& exact, double rounding) {
+        at.bring_back(x);
+        double largest = 0.0;
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            const double a = static_cast<double>(x[i]), b = static_cast<double>(exact[i]);
+            if (!(std::fabs(a - b) <= rounding * std::fabs(b))) largest = std::fmax(largest, std::isnan(a - b) ? INFINITY : std::fabs(a - b));
+        }
+        char text[80];
+        std::snprintf(text, sizeof text, "prelude %s: off by %.2e", what, largest);
+        checks.expect(largest == 0.0, to_string(dtype_of<T>), text);
+    };
+    close("log_alpha", got.log_alpha, want.log_alpha, 1e-14);
+    close("lam", got.lam, want.lam, 1e-14);
+    // Neighbours of T may be met: both are within one rounding of the same number.
+    close("grad.alpha", got.dalpha, want.dalpha, sizeof(T) == 8 ? 1e-13 : sizeof(T) == 4 ? 0x1p-23 : std::is_same_v<T, bf16> ? 0x1p-7 : 0x1p-10);
+    close("grad.b_alpha", got.db, want.db, 1e-12);
+    close("grad.lambda_raw", got.dlambda, want.dlambda, 1e-14);
+}
+void preludes(Checks& checks) {
+    prelude<f64>(checks, 2, 1500, {});
+    prelude<f32>(checks, 1, 7, {2, 4, 6});
+    prelude<bf16>(checks, 3, 301, {});
+    prelude<f16>(checks, 2, 0, {});
+}
+
 void run(Checks& checks, bool quick) {
     if (quick) {
+        preludes(checks);
         SisaCase s = sized(70, 2, 1, 64, 16);
         s.cu_seqlens = {2, 40, 69};
         every_dtype(checks, make(s, 1));
@@ -254,6 +298,7 @@ void run(Checks& checks, bool quick) {
     causality<f64>(checks, sized(400, 2, 1, 8, 4));
     long_sums(checks);
     edges(checks);
+    preludes(checks);
     in_a_graph<Operator, bf16>(checks, {}, make(sized(90, 4, 2, 64, 16), 21), make(sized(90, 4, 2, 64, 16), 22));
 }
 

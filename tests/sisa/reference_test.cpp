@@ -14,6 +14,7 @@
 
 #include "../support/differences.hpp"
 #include "decode.hpp"
+#include "prelude_case.hpp"
 #include "sisa_cases.hpp"
 
 namespace interstate::test {
@@ -756,6 +757,7 @@ TEST(SisaReference, ErrorsNameTheArgumentAndWriteNothing) {
     EXPECT_EQ(message_of([](Call& c) { c.in.v = {}; }), "v: is missing, must be a view");
     EXPECT_EQ(message_of([](Call& c) { c.in.C = {}; }), "C: is missing, must be a view");
     EXPECT_EQ(message_of([](Call& c) { c.in.B = {}; }), "B: is missing, must be a view");
+    EXPECT_EQ(message_of([](Call& c) { c.in.C = {}, c.in.B = {}; }), "C: is missing, must be a view");
     EXPECT_EQ(message_of([](Call& c) { c.in.log_alpha = {}; }), "log_alpha: is missing, must be a view");
     EXPECT_EQ(message_of([](Call& c) { c.in.theta.data = nullptr; }),
               "theta: is null, must point to 16 elements");
@@ -904,46 +906,6 @@ TEST(SisaReference, NullGradientsAreNotComputed) {
 
 // The prelude, and the values that a layer starts from.
 
-/// Inputs of the prelude that own their memory.
-template <class T>
-struct Raw {
-    Index B, L, Hkv, Hq;
-    std::vector<T> alpha, dalpha;
-    std::vector<double> b_alpha, lambda_raw, log_alpha, lam, up_alpha, up_lam, db, dlambda;
-    std::vector<std::int32_t> cu;
-    Raw(Index batch, Index length, std::uint64_t seed) : B(batch), L(length), Hkv(3), Hq(6) {
-        Random r(seed);
-        const auto n = static_cast<std::size_t>(B * L * Hkv);
-        for (std::size_t i = 0; i < n; ++i)
-            alpha.push_back(T(3.0 * r.normal())), up_alpha.push_back(r.normal());
-        for (Index h = 0; h < Hkv; ++h) b_alpha.push_back(-5.0 + r.normal());
-        for (Index h = 0; h < Hq; ++h) lambda_raw.push_back(r.normal()), up_lam.push_back(r.normal());
-        dalpha.assign(n, T(777.0f)), log_alpha.assign(n, 777.0), lam.assign(6, 777.0), db.assign(3, 777.0),
-            dlambda.assign(6, 777.0);
-    }
-    sisa::prelude::Inputs<T, double> in() const {
-        sisa::prelude::Inputs<T, double> x{.alpha = view(alpha.data(), {B, L, Hkv}),
-                                           .b_alpha = view(b_alpha.data(), {Hkv}),
-                                           .lambda_raw = view(lambda_raw.data(), {Hq})};
-        if (!cu.empty()) x.cu_seqlens = view(cu.data(), {static_cast<Index>(cu.size())});
-        return x;
-    }
-    template <class Exec>
-    Status forward(const Exec& exec) {
-        return sisa::prelude::forward(
-            exec, in(),
-            sisa::prelude::Outputs<double>{view(log_alpha.data(), {B, L, Hkv}), view(lam.data(), {Hq})});
-    }
-    template <class Exec>
-    Status backward(const Exec& exec) {
-        const double *const ua = up_alpha.data(), *const ul = up_lam.data();
-        return sisa::prelude::backward(
-            exec, in(), sisa::prelude::Upstream<double>{view(ua, {B, L, Hkv}), view(ul, {Hq})},
-            sisa::prelude::Grads<T, double>{view(dalpha.data(), {B, L, Hkv}), view(db.data(), {Hkv}),
-                                            view(dlambda.data(), {Hq})});
-    }
-};
-
 TEST(SisaPrelude, SoftplusOfAnySize) {
     using sisa::prelude::softplus;
     EXPECT_DOUBLE_EQ(softplus(0.0), std::log(2.0));
@@ -956,7 +918,7 @@ TEST(SisaPrelude, SoftplusOfAnySize) {
 }
 
 TEST(SisaPrelude, ForwardAndGradients) {
-    Raw<double> raw(2, 5, 24);
+    PreludeCase<double> raw(2, 5, 24);
     ASSERT_TRUE(raw.forward(reference{}).ok());
     ASSERT_TRUE(raw.backward(reference{}).ok());
     for (std::size_t i = 0; i < raw.alpha.size(); ++i)
@@ -964,7 +926,7 @@ TEST(SisaPrelude, ForwardAndGradients) {
     for (std::size_t h = 0; h < 6; ++h)
         EXPECT_NEAR(raw.lam[h], std::log(1.0 + std::exp(raw.lambda_raw[h])), 1e-14);
 
-    const auto loss = [](Raw<double> moved) {
+    const auto loss = [](PreludeCase<double> moved) {
         EXPECT_TRUE(moved.forward(reference{}).ok());
         double sum = 0.0;
         for (std::size_t i = 0; i < moved.log_alpha.size(); ++i)
@@ -972,24 +934,24 @@ TEST(SisaPrelude, ForwardAndGradients) {
         for (std::size_t h = 0; h < 6; ++h) sum += moved.lam[h] * moved.up_lam[h];
         return sum;
     };
-    const auto check = [&](std::vector<double> Raw<double>::*x, const std::vector<double>& gradient) {
+    const auto check = [&](std::vector<double> PreludeCase<double>::*x, const std::vector<double>& gradient) {
         for (std::size_t i = 0; i < gradient.size(); ++i) {
-            Raw<double> up = raw, down = raw;
+            PreludeCase<double> up = raw, down = raw;
             (up.*x)[i] += 1e-5, (down.*x)[i] -= 1e-5;
             EXPECT_NEAR((loss(up) - loss(down)) / 2e-5, gradient[i], 1e-9) << i;
         }
     };
-    check(&Raw<double>::alpha, raw.dalpha);
-    check(&Raw<double>::b_alpha, raw.db);
-    check(&Raw<double>::lambda_raw, raw.dlambda);
+    check(&PreludeCase<double>::alpha, raw.dalpha);
+    check(&PreludeCase<double>::b_alpha, raw.db);
+    check(&PreludeCase<double>::lambda_raw, raw.dlambda);
 }
 
 TEST(SisaPrelude, TheCpuGivesTheSameBitsForAnyNumberOfThreads) {
-    Raw<bf16> want(3, 301, 25);
+    PreludeCase<bf16> want(3, 301, 25);
     ASSERT_TRUE(want.forward(reference{}).ok());
     ASSERT_TRUE(want.backward(reference{}).ok());
     for (const int threads : {1, 2, 3}) {
-        Raw<bf16> got(3, 301, 25);
+        PreludeCase<bf16> got(3, 301, 25);
         ASSERT_TRUE(got.forward(cpu{.threads = threads}).ok());
         ASSERT_TRUE(got.backward(cpu{.threads = threads}).ok());
         EXPECT_EQ(got.log_alpha, want.log_alpha);
@@ -1003,7 +965,7 @@ TEST(SisaPrelude, TheCpuGivesTheSameBitsForAnyNumberOfThreads) {
 }
 
 TEST(SisaPrelude, RowsOutsideSequencesAreZero) {
-    Raw<double> raw(1, 7, 26);
+    PreludeCase<double> raw(1, 7, 26);
     raw.cu = {2, 4, 6};
     for (const std::size_t row : {0, 1, 6})
         for (std::size_t h = 0; h < 3; ++h) raw.alpha[row * 3 + h] = raw.up_alpha[row * 3 + h] = NAN;
@@ -1024,18 +986,18 @@ TEST(SisaPrelude, RowsOutsideSequencesAreZero) {
 }
 
 TEST(SisaPrelude, ErrorsNameTheArgument) {
-    Raw<double> raw(1, 4, 27);
-    auto in = raw.in();
+    PreludeCase<double> raw(1, 4, 27);
+    auto in = raw.in(OnHost{});
     const sisa::prelude::Outputs<double> out{view(raw.log_alpha.data(), {Index{1}, Index{4}, Index{3}}), {}};
     EXPECT_EQ(std::string(sisa::prelude::forward(reference{}, in, out).message()),
               "lam: is null, must point to 6 elements");
     in.b_alpha.extent[0] = 2;
     EXPECT_EQ(std::string(sisa::prelude::forward(reference{}, in, out).message()),
               "b_alpha: extent of axis 0 is 2, must be 3");
-    in = raw.in(), in.alpha.data = nullptr;
+    in = raw.in(OnHost{}), in.alpha.data = nullptr;
     EXPECT_EQ(std::string(sisa::prelude::forward(reference{}, in, out).message()),
               "alpha: is null, must point to 12 elements");
-    in = raw.in(), in.lambda_raw = {};
+    in = raw.in(OnHost{}), in.lambda_raw = {};
     EXPECT_TRUE(sisa::prelude::forward(reference{}, in, out).ok());  // lam is not wanted
     for (const double x : raw.lam) EXPECT_EQ(x, 777.0);
 }
