@@ -5,7 +5,7 @@
 // instruction set: a real operand times such rows is one real product, and the complex map G of eq. 15 is a real
 // matrix of twice the size. A state is transposed, one row a column of X (keys first, then values, then the ones
 // of a normaliser), so that a token's features are what its rows are multiplied with. Padding is zero everywhere.
-// The storage dtype is known to LoadRows and StoreRows alone.
+// The storage dtype is known to load_rows and store_rows alone.
 //
 // Equation numbers: docs/ops/interdomain.md.
 #pragma once
@@ -13,17 +13,22 @@
 #include <algorithm>
 
 #include <interdomain/reference.hpp>
-#include <interstate/cpu/gemm.hpp>
 #include <interstate/cpu/parallel.hpp>
+#include <interstate/cpu/rows.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace interdomain::detail {
 
-inline constexpr Index stretch_tokens = 256;  // one state is kept for so many tokens
-inline constexpr Index pad = 16;              // lanes of the widest vector
-inline constexpr Index max_runs = 16;         // of tasks whose sums are kept apart, for each head
+using simd::layout_size;
+using simd::load_rows;
+using simd::Operand;
+using simd::pad;
+using simd::padded;
+using simd::Products;
+using simd::store_rows;
 
-constexpr Index padded(Index n) { return ceil_div(n, pad) * pad; }
+inline constexpr Index stretch_tokens = 256;  // one state is kept for so many tokens
+inline constexpr Index max_runs = 16;         // of tasks whose sums are kept apart, for each head
 
 /// The shape that memory is laid out for: without sequences or heads, extents may be anything and mean nothing.
 inline Shape sized(Shape s) {
@@ -83,43 +88,6 @@ struct Recurrence {
 };
 
 // ---- Leaf bodies -----------------------------------------------------------------------------------
-
-/// Rows of `columns` elements, widened, and zeros up to `ld_used` columns and `padded_rows` rows.
-template <class T>
-struct LoadRows {
-    using A = acc_t<T>;
-    template <class Set>
-    static INTERSTATE_INLINE void run(const T* src, Index row_stride, Index step, Index rows, Index columns, A* dst,
-                                      Index ld, Index ld_used, Index padded_rows) {
-        using V = simd::Native<Set, A>;
-        const Index whole = step == 1 ? columns / V::lanes * V::lanes : 0;
-        for (Index r = 0; r < rows; ++r) {
-            const T* from = src + r * row_stride;
-            A* to = dst + r * ld;
-            for (Index c = 0; c < whole; c += V::lanes) simd::store(to + c, simd::load_as<V>(from + c));
-            for (Index c = whole; c < columns; ++c) to[c] = static_cast<A>(from[c * step]);
-            for (Index c = columns; c < ld_used; ++c) to[c] = A(0);
-        }
-        for (Index r = rows; r < padded_rows; ++r)
-            for (Index c = 0; c < ld_used; ++c) dst[r * ld + c] = A(0);
-    }
-};
-template <class T>
-struct StoreRows {
-    using A = acc_t<T>;
-    template <class Set>
-    static INTERSTATE_INLINE void run(const A* src, Index ld, T* dst, Index row_stride, Index step, Index rows,
-                                      Index columns) {
-        using V = simd::Native<Set, A>;
-        const Index whole = step == 1 ? columns / V::lanes * V::lanes : 0;
-        for (Index r = 0; r < rows; ++r) {
-            const A* from = src + r * ld;
-            T* to = dst + r * row_stride;
-            for (Index c = 0; c < whole; c += V::lanes) simd::store_as(to + c, simd::load<V>(from + c));
-            for (Index c = whole; c < columns; ++c) to[c * step] = T(from[c]);
-        }
-    }
-};
 
 template <class V>
 struct Planes {
@@ -209,42 +177,6 @@ struct Flush {
 
 // ---- Products, loads and states --------------------------------------------------------------------
 
-/// An operand of a product: element (r, c) is at[r * row + c * col].
-template <class A>
-struct Operand {
-    const A* at;
-    Index row;
-    Index col = 1;
-};
-
-template <class A>
-struct Products {
-    Isa isa;
-
-    /// c (M, N) = or += a (M, K) b (K, N), b and c in rows.
-    template <simd::Terms terms = simd::Terms::all>
-    void operator()(Operand<A> a, const A* b, Index ldb, A* c, Index ldc, Index M, Index N, Index K, bool add) const {
-        using G = simd::Gemm<A, terms>;
-        simd::run_body<G>(isa, typename G::Args{a.at, a.row, a.col, b, ldb, c, ldc, M, N, K, add});
-    }
-    void transpose(const A* from, Index ld_from, Index rows, Index columns, A* to, Index ld_to, A scale = A(1)) const {
-        simd::run_body<simd::Transpose<A>>(isa, from, ld_from, rows, columns, to, ld_to, scale);
-    }
-};
-
-/// Rows [first, first + count) of head h into `to`, zeros up to whole vectors of columns and of rows.
-template <class T, class X>
-void load_rows(Isa isa, const View<X, 4>& x, Index b, Index first, Index h, Index count, acc_t<T>* to, Index ld) {
-    const Index columns = x.extent[3];
-    if (columns > 0)
-        simd::run_body<LoadRows<T>>(isa, static_cast<const T*>(&x(b, first, h, 0)), x.stride[1], x.stride[3], count, columns,
-                                    to, ld, padded(columns), padded(count));
-}
-template <class T>
-void store_rows(Isa isa, const acc_t<T>* from, Index ld, const View<T, 4>& x, Index b, Index first, Index h, Index count) {
-    if (x && x.extent[3] > 0)
-        simd::run_body<StoreRows<T>>(isa, from, ld, &x(b, first, h, 0), x.stride[1], x.stride[3], count, x.extent[3]);
-}
 /// Values of a chunk, and the column of ones of a normaliser, which may begin a new vector.
 template <class T, class X>
 void load_values(Isa isa, const Tiling& z, const View<X, 4>& v, Index b, Index first, Index h, Index count, acc_t<T>* to,
@@ -397,14 +329,6 @@ struct SumSplit {
           runs(std::clamp<Index>(s.length / (4 * stretch_tokens), 1, max_runs / groups)) {}
     Index size() const { return groups * runs; }
 };
-
-/// Bytes of a layout, whose first argument is an Arena.
-template <class Layout, class... Args>
-std::size_t layout_size(const Args&... args) {
-    Arena arena;
-    Layout(arena, args...);
-    return arena.required();
-}
 
 }  // namespace interdomain::detail
 }  // namespace interstate::inline INTERSTATE_ABI
