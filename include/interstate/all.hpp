@@ -16,6 +16,8 @@
 #include <feature_map/feature_map.hpp>
 #include <gate/gate.hpp>
 #include <interdomain/interdomain.hpp>
+#include <linear_attention/linear_attention.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
+#include <sisa/prelude.hpp>
 #include <sisa/sisa.hpp>

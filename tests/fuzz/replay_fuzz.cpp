@@ -153,7 +153,7 @@ const char* const names[] = {
     "x",           "W",          "scale",      "bias",    "conv0",  "offset",   "cu_seqlens",
     "conv_weight", "conv_bias",  "dout.y",     "dout.xT", "dout.o", "dout.lse", "dout.z",
     "dout.etaT",   "dout.convT", "out.y",      "grad.u",  "z",      "log_alpha",
-    "theta",       "lam",        ""};
+    "theta",       "lam",        "s0",         "z0",      "dout.sT", "dout.zT",  ""};
 const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"op", "attention"},
                                                        {"op", "interdomain"},
@@ -162,6 +162,11 @@ const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"op", "gate"},
                                                        {"op", "sisa"},
                                                        {"op", "sd_attention"},
+                                                       {"op", "linear_attention"},
+                                                       {"feature_map", "elu1"},
+                                                       {"feature_map", "identity"},
+                                                       {"normalized", "true"},
+                                                       {"normalized", "by_feature_map"},
                                                        {"mode", "exact"},
                                                        {"mode", "published"},
                                                        {"clamp", "0.5"},
@@ -268,6 +273,25 @@ Shapes attention_shapes(Sketch& s) {
     return shapes;
 }
 
+Shapes linear_attention_shapes(Sketch& s) {
+    const bool elu1 = s.size(2) == 0, forced = s.size(4) == 0;
+    s.options["feature_map"] = elu1 ? "elu1" : "identity";
+    if (forced) s.options["normalized"] = "true";
+    if (s.longer && !s.packed) s.batch = s.states = s.batch / 3;
+    // Around chunks of 64 tokens and segments of 512.
+    const std::int64_t L = s.longer ? (s.size(2) ? 60 : 505) + s.size(20) : s.size(9);
+    const std::int64_t Hkv = s.longer ? 1 : s.size(3), Hq = Hkv * (s.longer ? 1 : 1 + s.size(3));
+    const std::int64_t dk = s.longer ? 1 : s.size(6), dv = s.longer ? 1 : s.size(6);
+    Shapes shapes = {{"q", {s.batch, L, Hq, dk}}, {"k", {s.batch, L, Hkv, dk}}, {"v", {s.batch, L, Hkv, dv}}};
+    if (s.optional) shapes.push_back({"s0", {s.states, Hkv, dk, dv}});
+    if (s.gradients) shapes.push_back({"dout.o", {s.batch, L, Hq, dv}});
+    if (s.gradients && s.optional) shapes.push_back({"dout.sT", {s.states, Hkv, dk, dv}});
+    if (!elu1 && !forced) return shapes;
+    if (s.optional) shapes.push_back({"z0", {s.states, Hkv, dk}});
+    if (s.gradients && s.optional) shapes.push_back({"dout.zT", {s.states, Hkv, dk}});
+    return shapes;
+}
+
 Shapes sisa_shapes(Sketch& s) {
     if (s.size(3) == 0) s.options["mode"] = "published";
     if (s.size(3) == 0) s.options["clamp"] = "0.5";
@@ -357,7 +381,8 @@ const Maker makers[] = {{"s4d", s4d_shapes},
                         {"feature_map", feature_map_shapes},
                         {"random_features", random_features_shapes},
                         {"gate", gate_shapes},
-                        {"sisa", sisa_shapes}};
+                        {"sisa", sisa_shapes},
+                        {"linear_attention", linear_attention_shapes}};
 
 SafetensorsFile random_case(Random& random) {
     Sketch sketch{random};

@@ -6,6 +6,7 @@
 #include <feature_map/feature_map.hpp>
 #include <gate/gate.hpp>
 #include <interdomain/interdomain.hpp>
+#include <linear_attention/linear_attention.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
 #include <sisa/sisa.hpp>
@@ -20,6 +21,7 @@ inline constexpr Entry<Exec> host_operators[] = {
     run_operator<feature_map::Operator, Exec>(),
     run_operator<gate::Operator, Exec>(),
     run_operator<interdomain::Operator, Exec>(),
+    run_operator<linear_attention::Operator, Exec>(),
     run_operator<random_features::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
     run_operator<sisa::Operator, Exec>(),
