@@ -44,7 +44,7 @@ step() {
 }
 
 run() {
-    local dir=$1/gpu tests benches beside=()
+    local dir=$1/gpu tests benches beside=() bound=()
     out=$1/results
     mkdir -p "$out" "${OUT:-$out}"
     rm -f "$out"/*.log  # of an earlier run
@@ -71,8 +71,11 @@ run() {
                 [[ $file == */sisa.published* && $dtype == f16 ]] && continue
                 # Its denominator changes sign: rounding the inputs alone moves the results by percents.
                 [[ $file == *.nadaraya_watson.* && $dtype != f64 ]] && continue
+                bound=()
+                # grad.lam of this file is itself 1.3e-12 from the truth (tests/golden_test.cpp).
+                [[ $file == */sisa.reset.* && $dtype == f64 ]] && bound=(--rtol 2e-12)
                 lines=1 step "golden.$(basename "$file" .safetensors).$dtype" \
-                    "$dir/replay" --check --exec cuda --dtype "$dtype" "$file"
+                    "$dir/replay" --check --exec cuda --dtype "$dtype" "${bound[@]}" "$file"
             done
         done
     done
