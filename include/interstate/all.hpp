@@ -18,4 +18,5 @@
 #include <interdomain/interdomain.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
+#include <sd_decomposition/sd_decomposition.hpp>
 #include <sisa/sisa.hpp>

@@ -114,7 +114,7 @@ inline Status validate(const Options& options, const Shape& s) {
     INTERSTATE_RETURN_IF_ERROR(check_size("K: heads", s.kv_heads));
     INTERSTATE_RETURN_IF_ERROR(check_size("Q: head dim", s.head_dim));
     if (s.kv_heads == 0 ? s.query_heads != 0 : s.query_heads % s.kv_heads != 0)
-        return Status::error(StatusCode::invalid_argument, "Q: heads are %lld, must be a multiple of the %lld of K",
+        return Status::error(StatusCode::invalid_argument, "Q: heads is %lld, must be a multiple of the %lld of K",
                              static_cast<long long>(s.query_heads), static_cast<long long>(s.kv_heads));
     return {};
 }

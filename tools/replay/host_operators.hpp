@@ -8,6 +8,7 @@
 #include <interdomain/interdomain.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
+#include <sd_decomposition/sd_decomposition.hpp>
 #include <sisa/sisa.hpp>
 
 #include "operators.hpp"
@@ -25,6 +26,8 @@ inline constexpr Entry<Exec> host_operators[] = {
     run_operator<sisa::Operator, Exec>(),
 };
 
-inline const std::vector<Entry<reference>> reference_operators = {};
+inline const std::vector<Entry<reference>> reference_operators = {
+    run_head_operator<sd_decomposition::Operator, reference>(),
+};
 
 }  // namespace interstate::tools::replay
