@@ -23,11 +23,10 @@ inline constexpr Entry<Exec> host_operators[] = {
     run_operator<interdomain::Operator, Exec>(),
     run_operator<random_features::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
+    run_head_operator<sd_decomposition::Operator, Exec>(),
     run_operator<sisa::Operator, Exec>(),
 };
 
-inline const std::vector<Entry<reference>> reference_operators = {
-    run_head_operator<sd_decomposition::Operator, reference>(),
-};
+inline const std::vector<Entry<reference>> reference_operators = {};
 
 }  // namespace interstate::tools::replay
