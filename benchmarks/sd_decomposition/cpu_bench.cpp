@@ -3,6 +3,8 @@
 // largest, against the float64 reference.
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <utility>
 #include <vector>
 
 #include <Eigen/SVD>
@@ -43,16 +45,24 @@ struct Problem {
         memory.resize(workspace_size(exec, sd_decomposition::Options{}, shape_of(in), pass::forward));
         check(forward(exec, sd_decomposition::Options{}, in, out, Saved{}, Workspace{memory.data(), memory.size()}));
     }
+    /// The float64 truth of these inputs, found once in a process.
+    const Problem<double>& truth() const {
+        static std::map<std::pair<Index, Index>, Problem<double>> known;
+        const auto found = known.find({L, d});
+        if (found != known.end()) return found->second;
+        Problem<double>& fresh = known.emplace(std::pair{L, d}, Problem<double>(L, d)).first->second;
+        bench::widen(q, fresh.q);
+        bench::widen(k, fresh.k);
+        fresh.run(reference{});
+        return fresh;
+    }
     double error() const {
-        Problem<double> truth(L, d);
-        bench::widen(q, truth.q);
-        bench::widen(k, truth.k);
-        truth.run(reference{});
+        const Problem<double>& want = truth();
         double worst = 0.0;
         for (Index i = 0; i < heads * n; ++i) {
             const auto at = static_cast<std::size_t>(i), first = static_cast<std::size_t>(i / n * n);
-            worst = std::max({worst, std::abs(static_cast<double>(routing[at]) - truth.routing[at]) / truth.routing[first],
-                              std::abs(static_cast<double>(filtering[at]) - truth.filtering[at]) / truth.filtering[first]});
+            worst = std::max({worst, std::abs(static_cast<double>(routing[at]) - want.routing[at]) / want.routing[first],
+                              std::abs(static_cast<double>(filtering[at]) - want.filtering[at]) / want.filtering[first]});
         }
         return worst;
     }
@@ -81,6 +91,7 @@ void eigen_bdcsvd(benchmark::State& state) {
         parts.push_back((interaction - interaction.transpose()) / 2.0);
         parts.push_back((interaction + interaction.transpose()) / 2.0);
     }
+    Eigen::setNbThreads(1);  // its products would take threads of their own
     for (auto _ : state)
         parallel_for(heads, threads, [&](Index h, int) {
             for (const Index part : {0, 1}) {
