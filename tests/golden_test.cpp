@@ -39,6 +39,7 @@ const std::vector<std::string> files = {
     "s4d.fast",
     "s4d.packed",
     "s4d.zoh",
+    "sd_decomposition.basic",
     "sisa.exact",
     "sisa.fast_gqa",
     "sisa.packed",

@@ -153,7 +153,8 @@ const char* const names[] = {
     "x",           "W",          "scale",      "bias",    "conv0",  "offset",   "cu_seqlens",
     "conv_weight", "conv_bias",  "dout.y",     "dout.xT", "dout.o", "dout.lse", "dout.z",
     "dout.etaT",   "dout.convT", "out.y",      "grad.u",  "z",      "log_alpha",
-    "theta",       "lam",        "s0",         "z0",      "dout.sT", "dout.zT",  ""};
+    "theta",       "lam",        "s0",         "z0",      "dout.sT", "dout.zT",  "Q",
+    "K",           ""};
 const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"op", "attention"},
                                                        {"op", "interdomain"},
@@ -167,6 +168,7 @@ const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"feature_map", "identity"},
                                                        {"normalized", "true"},
                                                        {"normalized", "by_feature_map"},
+                                                       {"op", "sd_decomposition"},
                                                        {"mode", "exact"},
                                                        {"mode", "published"},
                                                        {"clamp", "0.5"},
@@ -370,6 +372,14 @@ Shapes gate_shapes(Sketch& s) {
     return shapes;
 }
 
+Shapes sd_decomposition_shapes(Sketch& s) {
+    s.packed = false;
+    const std::int64_t L = s.longer ? 120 + s.size(20) : s.size(20), d = s.longer ? 1 + s.size(2) : s.size(10);
+    if (s.optional) return {{"Q", {L, d}}, {"K", {L, d}}};  // a head alone
+    const std::int64_t batch = s.longer ? 1 : s.size(3), Hk = s.longer ? 1 : s.size(3), group = s.longer ? 1 : 1 + s.size(2);
+    return {{"Q", {batch, L, Hk * group, d}}, {"K", {batch, L, Hk, d}}};
+}
+
 /// An operator, and its tensors; the second axis of the first is the length.
 struct Maker {
     const char* op;
@@ -382,7 +392,8 @@ const Maker makers[] = {{"s4d", s4d_shapes},
                         {"random_features", random_features_shapes},
                         {"gate", gate_shapes},
                         {"sisa", sisa_shapes},
-                        {"linear_attention", linear_attention_shapes}};
+                        {"linear_attention", linear_attention_shapes},
+                        {"sd_decomposition", sd_decomposition_shapes}};
 
 SafetensorsFile random_case(Random& random) {
     Sketch sketch{random};

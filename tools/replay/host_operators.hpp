@@ -9,6 +9,7 @@
 #include <linear_attention/linear_attention.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
+#include <sd_decomposition/sd_decomposition.hpp>
 #include <sisa/sisa.hpp>
 
 #include "operators.hpp"
@@ -24,6 +25,7 @@ inline constexpr Entry<Exec> host_operators[] = {
     run_operator<linear_attention::Operator, Exec>(),
     run_operator<random_features::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
+    run_head_operator<sd_decomposition::Operator, Exec>(),
     run_operator<sisa::Operator, Exec>(),
 };
 

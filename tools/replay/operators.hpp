@@ -46,6 +46,25 @@ constexpr Entry<Exec> run_operator() {
     return {Op::name, &run_with_dtypes<Op, Exec>, &describe_options<Op>};
 }
 
+/// The same of an operator whose files may hold a single head: Q and K (L, d), and results without axes for batch and
+/// heads.
+template <class Op, class Exec>
+Status run_heads(const Exec& exec, const Request& request, const Case& c, Case& results) {
+    const auto Q = c.tensors.find("Q");
+    if (Q == c.tensors.end() || Q->second.extent.size() != 2) return run_with_dtypes<Op>(exec, request, c, results);
+    Case whole = c;
+    for (const char* name : {"Q", "K"})
+        if (const auto found = whole.tensors.find(name); found != whole.tensors.end() && found->second.extent.size() == 2)
+            found->second.extent = {1, found->second.extent[0], 1, found->second.extent[1]};
+    INTERSTATE_RETURN_IF_ERROR(run_with_dtypes<Op>(exec, request, whole, results));
+    for (auto& [name, tensor] : results.tensors) tensor.extent = {tensor.extent.back()};
+    return {};
+}
+template <class Op, class Exec>
+constexpr Entry<Exec> run_head_operator() {
+    return {Op::name, &run_heads<Op, Exec>, &describe_options<Op>};
+}
+
 /// Runs the operator that the case names, if the registry has it.
 template <class Exec>
 Status run_registered(std::span<const Entry<Exec>> registry, const char* executor, const Exec& exec,
