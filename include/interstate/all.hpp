@@ -19,6 +19,7 @@
 #include <linear_attention/linear_attention.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
+#include <sd_attention/sd_attention.hpp>
 #include <sd_decomposition/sd_decomposition.hpp>
 #include <sisa/prelude.hpp>
 #include <sisa/sisa.hpp>

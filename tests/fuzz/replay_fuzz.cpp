@@ -154,7 +154,7 @@ const char* const names[] = {
     "conv_weight", "conv_bias",  "dout.y",     "dout.xT", "dout.o", "dout.lse", "dout.z",
     "dout.etaT",   "dout.convT", "out.y",      "grad.u",  "z",      "log_alpha",
     "theta",       "lam",        "s0",         "z0",      "dout.sT", "dout.zT",  "Q",
-    "K",           ""};
+    "K",           "P",          "a",          "delta",   ""};
 const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"op", "attention"},
                                                        {"op", "interdomain"},
@@ -169,6 +169,9 @@ const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"normalized", "true"},
                                                        {"normalized", "by_feature_map"},
                                                        {"op", "sd_decomposition"},
+                                                       {"normalizer", "softmax"},
+                                                       {"normalizer", "elu1"},
+                                                       {"component", "routing"},
                                                        {"mode", "exact"},
                                                        {"mode", "published"},
                                                        {"clamp", "0.5"},
@@ -372,6 +375,21 @@ Shapes gate_shapes(Sketch& s) {
     return shapes;
 }
 
+Shapes sd_attention_shapes(Sketch& s) {
+    const char *const normalizers[] = {"softmax", "identity", "elu1"}, *const components[] = {"both", "routing", "filtering"};
+    s.options["normalizer"] = any(s.random, normalizers);
+    s.options["component"] = any(s.random, components);
+    const std::int64_t L = s.longer ? 60 + s.size(20) : s.size(9), H = s.longer ? 1 : s.size(3), r = s.longer ? 1 + s.size(2) : s.size(6);
+    const std::int64_t dv = s.longer ? 1 : s.size(6);
+    Shapes shapes = {{"u", {s.batch, L, H, r}}, {"v", {s.batch, L, H, dv}}, {"delta", {H, r}}};
+    if (s.optional)
+        shapes.insert(shapes.end(), {{"a", {H, 1, r}}, {"b", {H, 1, r}}});
+    else
+        shapes.push_back({"P", {H, r, r}});
+    if (s.gradients) shapes.push_back({"dout.o", {s.batch, L, H, dv}});
+    return shapes;
+}
+
 Shapes sd_decomposition_shapes(Sketch& s) {
     s.packed = false;
     const std::int64_t L = s.longer ? 120 + s.size(20) : s.size(20), d = s.longer ? 1 + s.size(2) : s.size(10);
@@ -393,6 +411,7 @@ const Maker makers[] = {{"s4d", s4d_shapes},
                         {"gate", gate_shapes},
                         {"sisa", sisa_shapes},
                         {"linear_attention", linear_attention_shapes},
+                        {"sd_attention", sd_attention_shapes},
                         {"sd_decomposition", sd_decomposition_shapes}};
 
 SafetensorsFile random_case(Random& random) {

@@ -9,6 +9,7 @@
 #include <linear_attention/linear_attention.hpp>
 #include <random_features/random_features.hpp>
 #include <s4d/s4d.hpp>
+#include <sd_attention/sd_attention.hpp>
 #include <sd_decomposition/sd_decomposition.hpp>
 #include <sisa/sisa.hpp>
 
@@ -29,6 +30,8 @@ inline constexpr Entry<Exec> host_operators[] = {
     run_operator<sisa::Operator, Exec>(),
 };
 
-inline const std::vector<Entry<reference>> reference_operators = {};
+inline const std::vector<Entry<reference>> reference_operators = {
+    run_operator<sd_attention::Operator, reference>(),
+};
 
 }  // namespace interstate::tools::replay

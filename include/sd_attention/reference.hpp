@@ -1,0 +1,222 @@
+// S-D attention in float64, written like docs/ops/sd_attention.md, whose equations are cited: the projection x = u K by plain loops, then
+// the references of attention or linear attention, whose pages say what they compute.
+#pragma once
+
+#include <algorithm>
+
+#include <attention/reference.hpp>
+#include <linear_attention/reference.hpp>
+#include <sd_attention/params.hpp>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace sd_attention {
+
+namespace detail {
+
+inline attention::Options softmax_of(const Shape&) { return {.causal = true}; }
+inline linear_attention::Options linear_of(const Options& options) {
+    return {.feature_map = options.normalizer == Normalizer::elu1 ? linear_attention::FeatureMap::elu1 : linear_attention::FeatureMap::identity};
+}
+/// What x is multiplied with before it scores: the scale of identity (eq. 5). That of softmax is attention's own, elu1 has none.
+inline double factor_of(const Options& options, const Shape& s) {
+    return options.normalizer == Normalizer::identity ? 1.0 / std::sqrt(static_cast<double>(std::max<Index>(s.channels, 1))) : 1.0;
+}
+inline attention::Shape attention_of(const Shape& s) {
+    return {.dtype = DType::f64, .batch = s.batch, .queries = s.length, .keys = s.length, .query_heads = s.heads, .kv_heads = s.heads,
+            .head_dim = s.channels, .value_dim = s.value_dim, .sequences = s.sequences};
+}
+inline linear_attention::Shape linear_shape_of(const Shape& s) {
+    return {.dtype = DType::f64, .batch = s.batch, .length = s.length, .query_heads = s.heads, .kv_heads = s.heads,
+            .head_dim = s.channels, .value_dim = s.value_dim, .sequences = s.sequences};
+}
+
+/// Everything in double: (B, L, H, r) or (B, L, H, dv) unless it says otherwise.
+struct ReferenceTensors {
+    double *x, *u, *v, *o, *lse;      // lse: (B, L, H)
+    double *dx, *du, *dv, *dout, *dlse;
+    double *K, *dK;                   // (r, r) of one head
+    std::byte* inner;
+    std::size_t inner_bytes;
+
+    ReferenceTensors(Arena& arena, const Options& options, const Shape& s, pass which) {
+        const bool back = which == pass::backward;
+        // Products of extents that the elements of a view bound: a tensor without elements may have any others.
+        const Index tokens = s.channels > 0 || s.value_dim > 0 ? s.batch * s.length : 0, wide = tokens > 0 ? tokens * s.heads * s.channels : 0, values = tokens > 0 ? tokens * s.heads * s.value_dim : 0;
+        const Index rows = wide > 0 || values > 0 ? tokens * s.heads : 0, square = s.heads > 0 ? s.channels * s.channels : 0;
+        const auto take = [&](Index n, bool needed) { return arena.take<double>(needed ? n : 0); };
+        x = take(wide, true), u = take(wide, true), v = take(values, true), o = take(values, true), lse = take(rows, true);
+        dx = take(wide, back), du = take(wide, back), dv = take(values, back), dout = take(values, back), dlse = take(rows, back);
+        K = take(square, true), dK = take(square, back);
+        const reference exec;
+        inner_bytes = options.softmax() ? std::max(workspace_size(exec, softmax_of(s), attention_of(s), pass::forward),
+                                                   back ? workspace_size(exec, softmax_of(s), attention_of(s), pass::backward) : 0)
+                                        : workspace_size(exec, linear_of(options), linear_shape_of(s), which);
+        inner = arena.take<std::byte>(static_cast<Index>(inner_bytes));
+    }
+};
+
+/// K of head h (eq. 1 and 2).
+template <class W>
+void make_generator(const Options& options, const Shape& s, const Generator<W>& g, Index h, double* K) {
+    const Index r = s.channels;
+    for (Index i = 0; i < r; ++i)
+        for (Index j = 0; j < r; ++j) {
+            double skew = 0.0;
+            if (options.routes() && s.dense()) skew = (static_cast<double>(g.P(h, i, j)) - static_cast<double>(g.P(h, j, i))) / 2.0;
+            for (Index p = 0; options.routes() && p < s.planes; ++p)
+                skew += static_cast<double>(g.a(h, p, i)) * static_cast<double>(g.b(h, p, j)) -
+                        static_cast<double>(g.b(h, p, i)) * static_cast<double>(g.a(h, p, j));
+            K[i * r + j] = skew - (options.filters() && i == j ? softplus(static_cast<double>(g.delta(h, i))) : 0.0);
+        }
+}
+/// Of dK to P, a, b and delta (eq. 9 and 10).
+template <class W>
+void generator_gradients(const Options& options, const Shape& s, const Generator<W>& in, const BasicGenerator<W>& grads, Index h, const double* dK) {
+    const Index r = s.channels;
+    const auto turn = [&](Index i, Index j) { return options.routes() ? dK[i * r + j] - dK[j * r + i] : 0.0; };
+    for (Index i = 0; i < r; ++i) {
+        for (Index j = 0; j < r && grads.P; ++j) grads.P(h, i, j) = static_cast<W>(turn(i, j) / 2.0);
+        for (Index p = 0; p < s.planes; ++p) {
+            double da = 0.0, db = 0.0;
+            for (Index j = 0; j < r; ++j) {
+                da += turn(i, j) * static_cast<double>(in.b(h, p, j));
+                db -= turn(i, j) * static_cast<double>(in.a(h, p, j));
+            }
+            if (grads.a) grads.a(h, p, i) = static_cast<W>(da);
+            if (grads.b) grads.b(h, p, i) = static_cast<W>(db);
+        }
+        if (grads.delta) grads.delta(h, i) = static_cast<W>(options.filters() ? -sigmoid(static_cast<double>(in.delta(h, i))) * dK[i * r + i] : 0.0);
+    }
+}
+
+/// f(t, b, i) for every row t of (B, L), those of no sequence left out.
+template <class T, class W, class F>
+void each_token(const Inputs<T, W>& in, const Shape& s, F&& f) {
+    for (Index b = 0; b < s.batch; ++b)
+        for (Index i = 0; i < s.length; ++i)
+            if (!in.cu_seqlens || (i >= in.cu_seqlens(0) && i < in.cu_seqlens(s.sequences))) f(b * s.length + i, b, i);
+}
+
+/// u, v and x in double, and forward's results from them.
+template <class T, class W>
+Status reference_forward(const Options& options, const Inputs<T, W>& in, const Shape& s, const ReferenceTensors& at) {
+    const Index r = s.channels, dv = s.value_dim;
+    const double factor = factor_of(options, s);
+    for (Index h = 0; h < s.heads; ++h) {
+        make_generator(options, s, in.generator, h, at.K);
+        each_token(in, s, [&](Index t, Index b, Index i) {
+            double *const u = at.u + (t * s.heads + h) * r, *const x = at.x + (t * s.heads + h) * r;
+            for (Index c = 0; c < r; ++c) u[c] = static_cast<double>(in.u(b, i, h, c));
+            for (Index c = 0; c < dv; ++c) at.v[(t * s.heads + h) * dv + c] = static_cast<double>(in.v(b, i, h, c));
+            for (Index c = 0; c < r; ++c) {  // eq. 3
+                x[c] = 0.0;
+                for (Index e = 0; e < r; ++e) x[c] += u[e] * at.K[e * r + c];
+                x[c] *= factor;
+            }
+        });
+    }
+    const Index narrow[] = {s.batch, s.length, s.heads, r}, wide[] = {s.batch, s.length, s.heads, dv};
+    const Workspace ws{at.inner, at.inner_bytes};
+    const auto x = view<const double>(at.x, narrow), u = view<const double>(at.u, narrow), v = view<const double>(at.v, wide);
+    if (options.softmax())  // eq. 4
+        return attention::forward(reference{}, softmax_of(s), attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
+                                  {.o = view(at.o, wide), .lse = view(at.lse, {s.batch, s.length, s.heads})}, Saved{}, ws);
+    return linear_attention::forward(reference{}, linear_of(options), linear_attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
+                                     {.o = view(at.o, wide)}, Saved{}, ws);  // eq. 5 and 6
+}
+
+}  // namespace detail
+
+inline KernelChoice which_kernel(reference, const Options&, const Shape&) {
+    return {"sd_attention.reference", "plain float64 loops, for any shape and strides"};
+}
+
+/// The reference keeps nothing between forward and backward.
+inline std::size_t saved_size(reference, const Options&, const Shape&) { return 0; }
+
+inline std::size_t workspace_size(reference, const Options& options, const Shape& shape, pass which) {
+    Arena arena;
+    detail::ReferenceTensors(arena, options, shape, which);
+    return arena.required();
+}
+
+/// o and, of softmax, lse (eq. 1 to 6).
+template <class T, class W>
+Status forward(reference exec, const Options& options, const Inputs<T, W>& in, const Outputs<T>& out, Saved, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, in, out));
+    const Shape s = shape_of(in);
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, s.length));
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::forward)));
+    Arena arena(ws.data);
+    const detail::ReferenceTensors at(arena, options, s, pass::forward);
+    INTERSTATE_RETURN_IF_ERROR(detail::reference_forward(options, in, s, at));
+    for (Index b = 0; b < s.batch; ++b)
+        for (Index i = 0; i < s.length; ++i)
+            for (Index h = 0; h < s.heads; ++h) {
+                const Index row = (b * s.length + i) * s.heads + h;
+                for (Index c = 0; c < s.value_dim; ++c) out.o(b, i, h, c) = static_cast<T>(at.o[row * s.value_dim + c]);
+                if (out.lse) out.lse(b, i, h) = static_cast<acc_t<T>>(at.lse[row]);
+            }
+    return {};
+}
+
+/// The gradients whose views are not null (eq. 7 to 10); `out` is not read.
+template <class T, class W>
+Status backward(reference exec, const Options& options, const Inputs<T, W>& in, const Outputs<T>& out, Saved, const Upstream<T>& upstream,
+                const Grads<T, W>& grads, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, in, out, upstream, grads));
+    const Shape s = shape_of(in);
+    INTERSTATE_RETURN_IF_ERROR(check_cu_seqlens(in.cu_seqlens, s.length));
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::backward)));
+    Arena arena(ws.data);
+    const detail::ReferenceTensors at(arena, options, s, pass::backward);
+    INTERSTATE_RETURN_IF_ERROR(detail::reference_forward(options, in, s, at));
+    const Index H = s.heads, r = s.channels, dv = s.value_dim;
+    for (Index b = 0; b < s.batch; ++b)
+        for (Index i = 0; i < s.length; ++i)
+            for (Index h = 0; h < H; ++h) {
+                const Index row = (b * s.length + i) * H + h;
+                for (Index c = 0; c < dv; ++c) at.dout[row * dv + c] = static_cast<double>(upstream.o(b, i, h, c));
+                at.dlse[row] = upstream.lse ? static_cast<double>(upstream.lse(b, i, h)) : 0.0;
+            }
+    const Index narrow[] = {s.batch, s.length, H, r}, wide[] = {s.batch, s.length, H, dv}, rows[] = {s.batch, s.length, H};
+    const Workspace inner{at.inner, at.inner_bytes};
+    const auto x = view<const double>(at.x, narrow), u = view<const double>(at.u, narrow), v = view<const double>(at.v, wide),
+               dout = view<const double>(at.dout, wide);
+    const auto dx = view(at.dx, narrow), du = view(at.du, narrow), dvalues = view(at.dv, wide);
+    if (options.softmax())
+        INTERSTATE_RETURN_IF_ERROR(attention::backward(
+            exec, detail::softmax_of(s), attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
+            attention::Outputs<double>{.o = view(at.o, wide), .lse = view(at.lse, rows)}, Saved{},
+            attention::Upstream<double>{.o = dout, .lse = view<const double>(at.dlse, rows)}, attention::Grads<double>{dx, du, dvalues}, inner));
+    else
+        INTERSTATE_RETURN_IF_ERROR(linear_attention::backward(
+            exec, detail::linear_of(options), linear_attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
+            linear_attention::Outputs<double>{}, Saved{}, linear_attention::Upstream<double>{.o = dout},
+            linear_attention::Grads<double>{.q = dx, .k = du, .v = dvalues}, inner));
+
+    const double factor = detail::factor_of(options, s);
+    zero_outside_sequences(grads.u, in.cu_seqlens);
+    zero_outside_sequences(grads.v, in.cu_seqlens);
+    for (Index h = 0; h < H; ++h) {
+        detail::make_generator(options, s, in.generator, h, at.K);
+        for (Index n = 0; n < r * r; ++n) at.dK[n] = 0.0;
+        detail::each_token(in, s, [&](Index t, Index b, Index i) {
+            const double *const own = at.u + (t * H + h) * r, *const d = at.dx + (t * H + h) * r;
+            for (Index e = 0; e < r; ++e) {
+                double sum = at.du[(t * H + h) * r + e];
+                for (Index c = 0; c < r; ++c) {
+                    sum += factor * at.K[e * r + c] * d[c];       // eq. 7
+                    at.dK[e * r + c] += factor * own[e] * d[c];  // eq. 8
+                }
+                if (grads.u) grads.u(b, i, h, e) = static_cast<T>(sum);
+            }
+            for (Index c = 0; c < dv && grads.v; ++c) grads.v(b, i, h, c) = static_cast<T>(at.dv[(t * H + h) * dv + c]);
+        });
+        detail::generator_gradients(options, s, in.generator, grads.generator, h, at.dK);
+    }
+    return {};
+}
+
+}  // namespace sd_attention
+}  // namespace interstate::inline INTERSTATE_ABI
