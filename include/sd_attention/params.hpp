@@ -48,8 +48,8 @@ struct Shape {
 
     INTERSTATE_HD constexpr bool packed() const { return sequences >= 0; }
     INTERSTATE_HD constexpr bool dense() const { return planes < 0; }
-    // What attention calls these sizes.
-    Index queries = 0, query_heads = 0;
+    // What attention calls these sizes; keys, of `step`: rows of a sequence in the cache.
+    Index queries = 0, query_heads = 0, keys = 0;
 };
 
 /// The generator K = S - D of every head (eq. 1 and 2): of P, or of a and b. W is float or double.
@@ -83,6 +83,43 @@ struct Grads {
     View<T, 4> v{};
     BasicGenerator<W> generator{};
 };
+
+/// What `step` needs beside the token.
+template <class W>
+struct Params {
+    Generator<W> generator{};
+};
+
+/// Decoding with softmax: the cache of attention, contiguous or paged, its keys the rows of u.
+template <class T>
+using Cache = attention::State<T>;
+/// Decoding with identity or elu1: s (B, H, r, dv) and, of elu1, z (B, H, r).
+template <class A>
+using State = linear_attention::State<A>;
+/// One token for each batch row.
+template <class T>
+struct Token {
+    View<const T, 3> u{};  // (B, H, r)
+    View<const T, 3> v{};  // (B, H, dv)
+};
+/// o (B, H, dv) and, of softmax and optional, lse (B, H).
+using attention::TokenOut;
+/// n tokens for each batch row, softmax only.
+template <class T>
+struct Tokens {
+    View<const T, 4> u{};  // (B, n, H, r)
+    View<const T, 4> v{};  // (B, n, H, dv)
+};
+using attention::TokensOut;
+template <class T>
+constexpr Tokens<T> tokens_of(const Token<T>& x) {
+    return {as_sequences(x.u), as_sequences(x.v)};
+}
+/// The tokens of a step as a call of forward has them.
+template <class T, class W>
+constexpr Inputs<T, W> inputs_of(const Params<W>& params, const Tokens<T>& x) {
+    return {.u = x.u, .v = x.v, .generator = params.generator};
+}
 
 /// Walks the named tensors of a struct with the extents each must have: f(name, view, extents, need).
 template <class W, class F>
@@ -122,6 +159,22 @@ Shape shape_of(const Inputs<T, W>& in) {
             .query_heads = in.u.extent[2]};
 }
 
+/// Shapes of a decoding step, for its workspace.
+template <class T, class W>
+Shape shape_of(const Params<W>& params, const Cache<T>& cache, const Tokens<T>& tokens) {
+    Shape s = shape_of(inputs_of(params, tokens));
+    s.keys = attention::cache_rows(cache).capacity;
+    return s;
+}
+template <class T, class W>
+Shape shape_of(const Params<W>& params, const Cache<T>& cache, const Token<T>& token) {
+    return shape_of(params, cache, tokens_of(token));
+}
+template <class T, class W>
+Shape shape_of(const Params<W>& params, const State<acc_t<T>>&, const Token<T>& token) {
+    return shape_of(inputs_of(params, tokens_of(token)));
+}
+
 /// What holds for every executor: sizes, null pointers, strides. Nothing is read but the views.
 inline Status validate(const Shape& s) {
     if (s.packed() && s.batch != 1)
@@ -134,18 +187,22 @@ inline Status validate(const Shape& s) {
     if (!s.dense()) INTERSTATE_RETURN_IF_ERROR(check_size("a: planes", s.planes));
     return {};
 }
+/// Dense or in planes, and not both.
+template <class W>
+Status check_generator(const Generator<W>& g, const Shape& s) {
+    if (g.P && (g.a || g.b)) return Status::error(StatusCode::invalid_argument, "P: is given beside a or b, must be null with planes");
+    if (g.a ? !g.b : static_cast<bool>(g.b))
+        return Status::error(StatusCode::invalid_argument, "%s: is missing, must be a view beside %s", g.a ? "b" : "a", g.a ? "a" : "b");
+    if (!g.P && !g.a && s.heads > 0 && s.channels > 0)
+        return Status::error(StatusCode::invalid_argument, "P: is missing, must be a view where a and b are none");
+    return {};
+}
 template <class T, class W>
 Status validate(const Inputs<T, W>& in) {
     if (in.cu_seqlens && in.cu_seqlens.extent[0] < 1)
         return Status::error(StatusCode::invalid_argument, "cu_seqlens: has no elements, must have S+1");
-    if (in.generator.P && (in.generator.a || in.generator.b))
-        return Status::error(StatusCode::invalid_argument, "P: is given beside a or b, must be null with planes");
     const Shape shape = shape_of(in);
-    const auto& g = in.generator;
-    if (g.a ? !g.b : static_cast<bool>(g.b))
-        return Status::error(StatusCode::invalid_argument, "%s: is missing, must be a view beside %s", g.a ? "b" : "a", g.a ? "a" : "b");
-    if (!g.P && !g.a && shape.heads > 0 && shape.channels > 0)
-        return Status::error(StatusCode::invalid_argument, "P: is missing, must be a view where a and b are none");
+    INTERSTATE_RETURN_IF_ERROR(check_generator(in.generator, shape));
     INTERSTATE_RETURN_IF_ERROR(check_present(in, shape));
     INTERSTATE_RETURN_IF_ERROR(validate(shape));
     return check_tensors(in, shape);
@@ -161,7 +218,8 @@ Status validate(const Options& options, const Inputs<T, W>& in, const Outputs<T>
     return check_tensors(out, shape_of(in));
 }
 template <class T, class W>
-Status validate(const Options& options, const Inputs<T, W>& in, const Outputs<T>& out, const Upstream<T>& upstream, const Grads<T, W>& grads) {
+Status validate(const Options& options, const Inputs<T, W>& in, const Outputs<T>& out, const Upstream<T>& upstream,
+                const Grads<T, W>& grads) {
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out));
     INTERSTATE_RETURN_IF_ERROR(check_lse(options, static_cast<bool>(upstream.lse)));
     const Shape s = shape_of(in);
@@ -169,6 +227,22 @@ Status validate(const Options& options, const Inputs<T, W>& in, const Outputs<T>
         return Status::error(StatusCode::invalid_argument, "lse: is null, must be forward's for backward of softmax");
     INTERSTATE_RETURN_IF_ERROR(check_tensors(upstream, s, "dout."));
     return check_tensors(grads, s, "grad.");
+}
+
+/// Of a step; the cache or the state is checked by the operator that it is of.
+template <class T, class W>
+Status validate(const Options& options, const Params<W>& params, const Cache<T>&, const Tokens<T>& tokens, const TokensOut<T>& out) {
+    if (!options.softmax())
+        return Status::error(StatusCode::invalid_argument,
+                             "options.normalizer: must be softmax with a cache, identity and elu1 have a state");
+    return validate(options, inputs_of(params, tokens), Outputs<T>{out.o, out.lse});
+}
+template <class T, class W>
+Status validate(const Options& options, const Params<W>& params, const State<acc_t<T>>&, const Token<T>& token, const TokenOut<T>& out) {
+    if (options.softmax())
+        return Status::error(StatusCode::invalid_argument,
+                             "options.normalizer: must be identity or elu1 with a state, softmax has a cache");
+    return validate(options, inputs_of(params, tokens_of(token)), Outputs<T>{as_sequences(out.o), as_sequences(out.lse)});
 }
 
 /// softplus and its derivative (eq. 1), right for any argument.

@@ -13,21 +13,36 @@ namespace sd_attention {
 
 namespace detail {
 
-inline attention::Options softmax_of(const Shape&) { return {.causal = true}; }
+inline attention::Options softmax_options() { return {.causal = true}; }
 inline linear_attention::Options linear_of(const Options& options) {
-    return {.feature_map = options.normalizer == Normalizer::elu1 ? linear_attention::FeatureMap::elu1 : linear_attention::FeatureMap::identity};
+    return {options.normalizer == Normalizer::elu1 ? linear_attention::FeatureMap::elu1 : linear_attention::FeatureMap::identity};
 }
 /// What x is multiplied with before it scores: the scale of identity (eq. 5). That of softmax is attention's own, elu1 has none.
 inline double factor_of(const Options& options, const Shape& s) {
     return options.normalizer == Normalizer::identity ? 1.0 / std::sqrt(static_cast<double>(std::max<Index>(s.channels, 1))) : 1.0;
 }
-inline attention::Shape attention_of(const Shape& s) {
-    return {.dtype = DType::f64, .batch = s.batch, .queries = s.length, .keys = s.length, .query_heads = s.heads, .kv_heads = s.heads,
+/// Of tensors of a dtype, x for the queries and u for the keys.
+inline attention::Shape attention_of(const Shape& s, DType dtype) {
+    return {.dtype = dtype, .batch = s.batch, .queries = s.length, .keys = s.length, .query_heads = s.heads, .kv_heads = s.heads,
             .head_dim = s.channels, .value_dim = s.value_dim, .sequences = s.sequences};
 }
-inline linear_attention::Shape linear_shape_of(const Shape& s) {
-    return {.dtype = DType::f64, .batch = s.batch, .length = s.length, .query_heads = s.heads, .kv_heads = s.heads,
+inline linear_attention::Shape linear_shape_of(const Shape& s, DType dtype) {
+    return {.dtype = dtype, .batch = s.batch, .length = s.length, .query_heads = s.heads, .kv_heads = s.heads,
             .head_dim = s.channels, .value_dim = s.value_dim, .sequences = s.sequences};
+}
+
+/// Bytes that the step of attention or of linear attention asks for.
+template <class Exec>
+std::size_t step_bytes(const Exec& exec, const Options& options, const Shape& s) {
+    attention::Shape cached = attention_of(s, s.dtype);
+    cached.keys = s.keys;
+    return options.softmax() ? workspace_size(exec, softmax_options(), cached, pass::step)
+                             : workspace_size(exec, linear_of(options), linear_shape_of(s, s.dtype), pass::step);
+}
+/// x of a step of one token, (B, H, r) of (B, 1, H, r).
+template <class T>
+View<T, 3> only_token(const View<T, 4>& x) {
+    return {x.data, {x.extent[0], x.extent[2], x.extent[3]}, {x.stride[0], x.stride[2], x.stride[3]}};
 }
 
 /// Everything in double: (B, L, H, r) or (B, L, H, dv) unless it says otherwise.
@@ -41,16 +56,20 @@ struct ReferenceTensors {
     ReferenceTensors(Arena& arena, const Options& options, const Shape& s, pass which) {
         const bool back = which == pass::backward;
         // Products of extents that the elements of a view bound: a tensor without elements may have any others.
-        const Index tokens = s.channels > 0 || s.value_dim > 0 ? s.batch * s.length : 0, wide = tokens > 0 ? tokens * s.heads * s.channels : 0, values = tokens > 0 ? tokens * s.heads * s.value_dim : 0;
-        const Index rows = wide > 0 || values > 0 ? tokens * s.heads : 0, square = s.heads > 0 ? s.channels * s.channels : 0;
+        const Index tokens = s.channels > 0 || s.value_dim > 0 ? s.batch * s.length : 0;
+        const Index wide = tokens * s.heads * s.channels, values = tokens * s.heads * s.value_dim;
+        const Index square = s.heads > 0 ? s.channels * s.channels : 0;
+        const bool many = static_cast<double>(s.batch) * static_cast<double>(s.length) * static_cast<double>(s.heads) > 0x1p48;
+        const Index rows = many ? -1 : s.batch * s.length * s.heads;  // no memory has so many
         const auto take = [&](Index n, bool needed) { return arena.take<double>(needed ? n : 0); };
         x = take(wide, true), u = take(wide, true), v = take(values, true), o = take(values, true), lse = take(rows, true);
         dx = take(wide, back), du = take(wide, back), dv = take(values, back), dout = take(values, back), dlse = take(rows, back);
         K = take(square, true), dK = take(square, back);
         const reference exec;
-        inner_bytes = options.softmax() ? std::max(workspace_size(exec, softmax_of(s), attention_of(s), pass::forward),
-                                                   back ? workspace_size(exec, softmax_of(s), attention_of(s), pass::backward) : 0)
-                                        : workspace_size(exec, linear_of(options), linear_shape_of(s), which);
+        const auto softmax_bytes = [&](pass p) { return workspace_size(exec, softmax_options(), attention_of(s, DType::f64), p); };
+        inner_bytes = !options.softmax() ? workspace_size(exec, linear_of(options), linear_shape_of(s, DType::f64), which)
+                      : back             ? std::max(softmax_bytes(pass::forward), softmax_bytes(pass::backward))
+                                         : softmax_bytes(pass::forward);
         inner = arena.take<std::byte>(static_cast<Index>(inner_bytes));
     }
 };
@@ -71,7 +90,8 @@ void make_generator(const Options& options, const Shape& s, const Generator<W>& 
 }
 /// Of dK to P, a, b and delta (eq. 9 and 10).
 template <class W>
-void generator_gradients(const Options& options, const Shape& s, const Generator<W>& in, const BasicGenerator<W>& grads, Index h, const double* dK) {
+void generator_gradients(const Options& options, const Shape& s, const Generator<W>& in, const BasicGenerator<W>& grads, Index h,
+                         const double* dK) {
     const Index r = s.channels;
     const auto turn = [&](Index i, Index j) { return options.routes() ? dK[i * r + j] - dK[j * r + i] : 0.0; };
     for (Index i = 0; i < r; ++i) {
@@ -85,7 +105,8 @@ void generator_gradients(const Options& options, const Shape& s, const Generator
             if (grads.a) grads.a(h, p, i) = static_cast<W>(da);
             if (grads.b) grads.b(h, p, i) = static_cast<W>(db);
         }
-        if (grads.delta) grads.delta(h, i) = static_cast<W>(options.filters() ? -sigmoid(static_cast<double>(in.delta(h, i))) * dK[i * r + i] : 0.0);
+        const double slope = options.filters() ? -sigmoid(static_cast<double>(in.delta(h, i))) : 0.0;
+        if (grads.delta) grads.delta(h, i) = static_cast<W>(slope * dK[i * r + i]);
     }
 }
 
@@ -119,10 +140,45 @@ Status reference_forward(const Options& options, const Inputs<T, W>& in, const S
     const Workspace ws{at.inner, at.inner_bytes};
     const auto x = view<const double>(at.x, narrow), u = view<const double>(at.u, narrow), v = view<const double>(at.v, wide);
     if (options.softmax())  // eq. 4
-        return attention::forward(reference{}, softmax_of(s), attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
+        return attention::forward(reference{}, softmax_options(),
+                                  attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
                                   {.o = view(at.o, wide), .lse = view(at.lse, {s.batch, s.length, s.heads})}, Saved{}, ws);
-    return linear_attention::forward(reference{}, linear_of(options), linear_attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
+    return linear_attention::forward(reference{}, linear_of(options),
+                                     linear_attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
                                      {.o = view(at.o, wide)}, Saved{}, ws);  // eq. 5 and 6
+}
+
+/// Of `step`: K of a head, x of all tokens in T, and what the step of attention or linear attention needs.
+template <class T>
+struct ReferenceStep {
+    double* K;
+    T* x;
+    std::byte* inner;
+    std::size_t inner_bytes;
+
+    ReferenceStep(Arena& arena, const Options& options, const Shape& s) {
+        K = arena.take<double>(s.heads > 0 ? s.channels * s.channels : 0);
+        x = arena.take<T>(s.batch * s.length * s.heads * s.channels);
+        inner_bytes = step_bytes(reference{}, options, s);
+        inner = arena.take<std::byte>(static_cast<Index>(inner_bytes));
+    }
+    Workspace memory() const { return {inner, inner_bytes}; }
+};
+/// x (B, n, H, r) of the tokens of a step (eq. 3), in T as queries are.
+template <class T, class W>
+View<const T, 4> reference_queries(const Options& options, const Inputs<T, W>& in, const Shape& s, const ReferenceStep<T>& at) {
+    const auto x = view(at.x, {s.batch, s.length, s.heads, s.channels});
+    for (Index h = 0; h < s.heads; ++h) {
+        make_generator(options, s, in.generator, h, at.K);
+        each_token(in, s, [&](Index, Index b, Index i) {
+            for (Index c = 0; c < s.channels; ++c) {
+                double sum = 0.0;
+                for (Index e = 0; e < s.channels; ++e) sum += static_cast<double>(in.u(b, i, h, e)) * at.K[e * s.channels + c];
+                x(b, i, h, c) = static_cast<T>(factor_of(options, s) * sum);
+            }
+        });
+    }
+    return x;
 }
 
 }  // namespace detail
@@ -136,7 +192,10 @@ inline std::size_t saved_size(reference, const Options&, const Shape&) { return 
 
 inline std::size_t workspace_size(reference, const Options& options, const Shape& shape, pass which) {
     Arena arena;
-    detail::ReferenceTensors(arena, options, shape, which);
+    if (which == pass::step)
+        detail::ReferenceStep<double>(arena, options, shape);
+    else
+        detail::ReferenceTensors(arena, options, shape, which);
     return arena.required();
 }
 
@@ -186,9 +245,10 @@ Status backward(reference exec, const Options& options, const Inputs<T, W>& in, 
     const auto dx = view(at.dx, narrow), du = view(at.du, narrow), dvalues = view(at.dv, wide);
     if (options.softmax())
         INTERSTATE_RETURN_IF_ERROR(attention::backward(
-            exec, detail::softmax_of(s), attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
+            exec, detail::softmax_options(), attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
             attention::Outputs<double>{.o = view(at.o, wide), .lse = view(at.lse, rows)}, Saved{},
-            attention::Upstream<double>{.o = dout, .lse = view<const double>(at.dlse, rows)}, attention::Grads<double>{dx, du, dvalues}, inner));
+            attention::Upstream<double>{.o = dout, .lse = view<const double>(at.dlse, rows)},
+            attention::Grads<double>{dx, du, dvalues}, inner));
     else
         INTERSTATE_RETURN_IF_ERROR(linear_attention::backward(
             exec, detail::linear_of(options), linear_attention::Inputs<double>{.q = x, .k = u, .v = v, .cu_seqlens = in.cu_seqlens},
@@ -216,6 +276,39 @@ Status backward(reference exec, const Options& options, const Inputs<T, W>& in, 
         detail::generator_gradients(options, s, in.generator, grads.generator, h, at.dK);
     }
     return {};
+}
+
+/// New tokens against the cache (eq. 1 to 4), as attention's step; x is rounded to T.
+template <class T, class W>
+Status step(reference exec, const Options& options, const Params<W>& params, const Cache<T>& cache, const Tokens<T>& tokens,
+            const TokensOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, cache, tokens, out));
+    const Shape s = shape_of(params, cache, tokens);
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
+    Arena arena(ws.data);
+    const detail::ReferenceStep<T> at(arena, options, s);
+    const auto x = detail::reference_queries(options, inputs_of(params, tokens), s, at);
+    return attention::step(exec, detail::softmax_options(), attention::Params{}, cache,
+                           attention::Tokens<T>{.q = x, .k = tokens.u, .v = tokens.v}, out, at.memory());
+}
+template <class T, class W>
+Status step(reference exec, const Options& options, const Params<W>& params, const Cache<T>& cache, const Token<T>& token,
+            const TokenOut<T>& out, Workspace ws) {
+    return step(exec, options, params, cache, tokens_of(token), attention::tokens_of(out), ws);
+}
+/// One token for every batch row (eq. 5 and 6); the state is updated in place.
+template <class T, class W>
+Status step(reference exec, const Options& options, const Params<W>& params, const State<acc_t<T>>& state, const Token<T>& token,
+            const TokenOut<T>& out, Workspace ws) {
+    INTERSTATE_RETURN_IF_ERROR(validate(options, params, state, token, out));
+    const Shape s = shape_of(params, state, token);
+    INTERSTATE_RETURN_IF_ERROR(check_workspace("workspace", ws, workspace_size(exec, options, s, pass::step)));
+    Arena arena(ws.data);
+    const detail::ReferenceStep<T> at(arena, options, s);
+    const auto x = detail::only_token(detail::reference_queries(options, inputs_of(params, tokens_of(token)), s, at));
+    return linear_attention::step(exec, detail::linear_of(options), linear_attention::Params{}, state,
+                                  linear_attention::Token<T>{.q = x, .k = token.u, .v = token.v}, linear_attention::TokenOut<T>{out.o},
+                                  at.memory());
 }
 
 }  // namespace sd_attention

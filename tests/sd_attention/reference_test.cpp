@@ -4,6 +4,7 @@
 #include <sd_attention/reference.hpp>
 
 #include "../support/differences.hpp"
+#include "sd_attention_cases.hpp"
 
 namespace interstate::test {
 namespace {
@@ -13,35 +14,6 @@ using sd_attention::Normalizer;
 using sd_attention::Operator;
 using sd_attention::Options;
 
-struct SdCase {
-    Index batch = 1, length = 1, heads = 1, channels = 4, value_dim = 3, planes = -1;
-    std::vector<double> cu_seqlens = {};
-    bool lse = false;
-};
-Case make(const SdCase& o, std::uint64_t seed) {
-    Random r(seed);
-    Case c;
-    auto& t = c.tensors;
-    t["u"] = r.normal({o.batch, o.length, o.heads, o.channels});
-    t["v"] = r.normal({o.batch, o.length, o.heads, o.value_dim});
-    if (o.planes < 0) {
-        t["P"] = r.normal({o.heads, o.channels, o.channels});
-    } else {
-        t["a"] = r.normal({o.heads, o.planes, o.channels});
-        t["b"] = r.normal({o.heads, o.planes, o.channels});
-    }
-    t["delta"] = r.normal({o.heads, o.channels});
-    if (!o.cu_seqlens.empty()) t["cu_seqlens"] = {{static_cast<Index>(o.cu_seqlens.size())}, o.cu_seqlens};
-    t["dout.o"] = r.normal({o.batch, o.length, o.heads, o.value_dim});
-    if (o.lse) t["dout.lse"] = r.normal({o.batch, o.length, o.heads});
-    return c;
-}
-std::vector<Options> all_options() {
-    std::vector<Options> list;
-    for (const auto normalizer : {Normalizer::softmax, Normalizer::identity, Normalizer::elu1})
-        for (const auto component : {Component::both, Component::routing, Component::filtering}) list.push_back({normalizer, component});
-    return list;
-}
 Case run(const Options& options, const Case& c) {
     Case results;
     const Status status = run_case<Operator, double, double>(reference{}, options, c, results);
@@ -52,7 +24,7 @@ Case run(const Options& options, const Case& c) {
 TEST(SdAttentionReference, IsTheSumOverPairs) {
     const Index L = 6, r = 4, dv = 3;
     for (const Index planes : {-1, 2})
-        for (const Options& options : all_options()) {
+        for (const Options& options : all_sd_options()) {
             Case c = make({.length = L, .channels = r, .value_dim = dv, .planes = planes}, 1), got = run(options, c);
             const auto& u = values(c, "u");
             double K[r][r];
@@ -87,7 +59,7 @@ TEST(SdAttentionReference, IsTheSumOverPairs) {
 }
 
 TEST(SdAttentionReference, GradientsMatchFiniteDifferences) {
-    for (const Options& options : all_options())
+    for (const Options& options : all_sd_options())
         for (const bool packed : {false, true}) {
             SdCase o{.batch = packed ? 1 : 2, .length = 6, .heads = 2, .planes = packed ? 2 : -1, .lse = options.softmax()};
             if (packed) o.cu_seqlens = {1, 3, 3, 5};
@@ -95,7 +67,7 @@ TEST(SdAttentionReference, GradientsMatchFiniteDifferences) {
             for (const char* name : {"u", "v", "P", "a", "b", "delta"}) {
                 if (!c.tensors.contains(name)) continue;
                 EXPECT_LE(difference_error(c, got, name, 1e-4, 1, [&](const Case& x) { return run(options, x); }), 1e-7)
-                    << name << " normalizer " << int(options.normalizer) << " component " << int(options.component);
+                    << name << " " << describe(options);
             }
         }
 }

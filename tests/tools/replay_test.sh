@@ -84,7 +84,7 @@ expect 0 --list
 grep -q '^attention takes .*causal=true|false' stdout || fail "--list does not give attention's options"
 grep -q '^s4d takes .*disc=zoh|bilinear' stdout || fail "--list does not give s4d's options"
 listed=$(cut -d ' ' -f 1 stdout)
-without_cpu="sd_attention"  # operators, one a line, whose PARTS are the reference alone
+without_cpu=""  # operators, one a line, whose PARTS are the reference alone
 
 known=0
 for file in "$golden"/*.safetensors; do
@@ -208,7 +208,7 @@ run="--exec reference --dtype f64"
     for option in disc =zoh disc=raw disc= colour=red "$(printf 'di\nsc=zoh')"; do
         expect 2 $run --option "$option" "$zoh" none.safetensors
     done
-    expect 2 $run --option op=sd_attention "$zoh" none.safetensors
+    expect 2 $run --option op=no_such_operator "$zoh" none.safetensors
     says "unknown operator"
     expect 2 $run --method fft "$window" none.safetensors
     says "attention takes"

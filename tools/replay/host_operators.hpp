@@ -26,12 +26,11 @@ inline constexpr Entry<Exec> host_operators[] = {
     run_operator<linear_attention::Operator, Exec>(),
     run_operator<random_features::Operator, Exec>(),
     run_operator<s4d::Operator, Exec>(),
+    run_operator<sd_attention::Operator, Exec>(),
     run_head_operator<sd_decomposition::Operator, Exec>(),
     run_operator<sisa::Operator, Exec>(),
 };
 
-inline const std::vector<Entry<reference>> reference_operators = {
-    run_operator<sd_attention::Operator, reference>(),
-};
+inline const std::vector<Entry<reference>> reference_operators = {};
 
 }  // namespace interstate::tools::replay
