@@ -212,14 +212,14 @@ void calls(Checks& checks) {
 void many_heads(Checks& checks) {
     const Index d = 128, L = 257, H = 400;
     const sd_decomposition::Options options{};
-    std::vector<float> numbers(static_cast<std::size_t>(L * d + 3 * H)), together(static_cast<std::size_t>(H)), alone(1);
+    std::vector<float> numbers(static_cast<std::size_t>(L * d + 3 * H + 7)), together(static_cast<std::size_t>(H)), alone(1);
     Random r(9);
     for (float& x : numbers) x = static_cast<float>(r.normal());
     OnDevice device(checks);
     const float* const at = device(numbers);
     const auto run = [&](Index first, Index heads, std::vector<float>& ranks) {
         const sd_decomposition::Inputs<float> in{.Q = view(at + first, {1, L, heads, d}, {0, d, 1, 1}),
-                                                 .K = view(at + 2 * first, {1, L, heads, d}, {0, d, 2, 1})};
+                                                 .K = view(at + 7 + 2 * first, {1, L, heads, d}, {0, d, 2, 1})};
         const Workspace ws = device.workspace(workspace_size(gpu, options, shape_of(in), pass::forward));
         const Status s = forward(gpu, options, in, {.routing_effective_rank = view(device(ranks), {Index{1}, heads})}, Saved{}, ws);
         checks.expect(s.ok(), "many heads", s.message());

@@ -172,7 +172,7 @@ struct Reflector {
 inline namespace INTERSTATE_KERNELS {
 
 template <class T>
-__global__ void __launch_bounds__(panel_columns * column_lanes, sizeof(acc_t<T>) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(panel_columns * column_lanes, 2)
     triangle_kernel(View<const T, 4> Q, View<const T, 4> K, Call<acc_t<T>> p) {
     using A = acc_t<T>;
     constexpr int rows = merged_rows<A>, held = lane_rows<A>, V = PartLayout<A>::V;
