@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # Sections of benchmarks/peers/torch_gpu.py that stand beside our kernels.
 peers=(attention sisa s4d s4d_sweep interdomain)
 # Operators with a cuda executor, whose golden cases are replayed on it.
-golden=(attention interdomain s4d sisa)
+golden=(attention interdomain s4d sd_decomposition sisa)
 
 build() {
     local dir=$1 names programs
@@ -96,10 +96,12 @@ run() {
             [[ ! -x $dir/${peer%_sweep}_cuda_test ]] || beside+=("$peer")
         done
         lines=40 step torch_gpu python3 benchmarks/peers/torch_gpu.py "${beside[@]}"
+        [[ ! -x $dir/sd_decomposition_cuda_test ]] ||
+            lines=40 step sd_decomposition_peers python3 benchmarks/peers/sd_decomposition_peers.py
     else
         echo "peers skipped: python3 has no torch"
     fi
-    cat "$out"/*_bench.log "$out"/torch_gpu.log 2>/dev/null | grep '^{' >"${OUT:-$out}/figures.jsonl" ||
+    cat "$out"/*_bench.log "$out"/torch_gpu.log "$out"/sd_decomposition_peers.log 2>/dev/null | grep '^{' >"${OUT:-$out}/figures.jsonl" ||
         failures+=("no figures")
     tar -czf "${OUT:-$out}/logs.tar.gz" -C "$out" --exclude '*.tar.gz' . || failures+=("no logs.tar.gz")
     if ((${#failures[@]})); then

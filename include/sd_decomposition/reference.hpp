@@ -1,5 +1,5 @@
 // Routing and filtering of attention heads in float64, by plain loops, written like docs/ops/sd_decomposition.md, whose
-// equations are cited. What turns spectra into outputs is here for all executors.
+// equations are cited.
 #pragma once
 
 #include <algorithm>
@@ -7,117 +7,13 @@
 #include <functional>
 #include <limits>
 
+#include <sd_decomposition/detail/outputs.hpp>
 #include <sd_decomposition/params.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace sd_decomposition {
 
 namespace detail {
-
-/// Elements of a matrix; -1, which no Arena has room for, where they cannot be counted.
-inline Index area(Index rows, Index columns) {
-    Index elements = 0;
-    return __builtin_mul_overflow(rows, columns, &elements) ? -1 : elements;
-}
-
-/// The outputs of S or of F.
-template <class T>
-struct PartOutputs {
-    View<acc_t<T>, 2> norm;
-    View<acc_t<T>, 3> singular_values;
-    View<acc_t<T>, 2> effective_rank, participation_ratio, stable_rank;
-
-    bool want_spectrum() const { return singular_values || effective_rank || participation_ratio || stable_rank; }
-};
-template <class T>
-PartOutputs<T> routing_of(const Outputs<T>& out) {
-    return {out.routing_norm, out.routing_singular_values, out.routing_effective_rank, out.routing_participation_ratio,
-            out.routing_stable_rank};
-}
-template <class T>
-PartOutputs<T> filtering_of(const Outputs<T>& out) {
-    return {out.filtering_norm, out.filtering_singular_values, out.filtering_effective_rank,
-            out.filtering_participation_ratio, out.filtering_stable_rank};
-}
-
-/// A positive factor of any magnitude: fraction 2^exponent.
-struct Factor {
-    double fraction;
-    int exponent;
-    double times(double x) const { return std::ldexp(x * fraction, exponent); }
-};
-/// |scale| 2^G.
-inline Factor factor_of(double scale, int G) {
-    int exponent = 0;
-    const double fraction = std::frexp(std::abs(scale), &exponent);
-    return {fraction, exponent + G};
-}
-
-/// eq. 7. Replaces the largest magnitudes of the columns of Q (d), then of K (d), by the roots r of their scales, 2^x = r r,
-/// and returns G. The roots of a pair that is left out are zero.
-inline int balance(double* columns, Index d) {
-    int largest = std::numeric_limits<int>::min();
-    for (Index i = 0; i < d; ++i)
-        if (columns[i] > 0.0 && columns[d + i] > 0.0)
-            largest = std::max(largest, std::ilogb(columns[i]) + std::ilogb(columns[d + i]));
-    const int G = largest == std::numeric_limits<int>::min() ? 0 : 4 * ((largest + 3) >> 2);
-    for (Index i = 0; i < d; ++i) {
-        double &q = columns[i], &k = columns[d + i];
-        const bool both = q > 0.0 && k > 0.0;
-        const int root = both ? (std::ilogb(k) - std::ilogb(q) - G) >> 2 : 0;
-        q = both ? std::ldexp(1.0, root) : 0.0;
-        k = both ? std::ldexp(1.0, -G / 2 - root) : 0.0;
-    }
-    return G;
-}
-
-/// Makes a part that is rounding alone zero (eq. 8); `terms` is the root of the sum there, all without scale.
-inline double part_norm(double norm, double terms, Index n, double eps) {
-    return norm <= static_cast<double>(n) * eps * terms ? 0.0 : norm;
-}
-
-/// Norms and energy of a head (eq. 2), from the norms of S and F without their factor.
-template <class T>
-void write_norms(const Outputs<T>& out, Index b, Index h, double routing, double filtering, Factor factor) {
-    using A = acc_t<T>;
-    const double norm = std::hypot(routing, filtering);
-    const double share = norm > 0.0 ? routing / norm : norm;  // of NaN, NaN
-    if (out.norm) out.norm(b, h) = static_cast<A>(factor.times(norm));
-    if (out.routing_norm) out.routing_norm(b, h) = static_cast<A>(factor.times(routing));
-    if (out.filtering_norm) out.filtering_norm(b, h) = static_cast<A>(factor.times(filtering));
-    if (out.routing_energy) out.routing_energy(b, h) = static_cast<A>(share * share);
-}
-
-/// Singular values, descending and without their factor, and what follows from them (eq. 3 to 5). Of NaN all is NaN.
-template <class T>
-void write_spectrum(const PartOutputs<T>& out, Index b, Index h, const double* s, Index n, Factor factor) {
-    using A = acc_t<T>;
-    const double largest = n > 0 ? s[0] : 0.0;
-    double sum = 0.0, squares = 0.0, fourths = 0.0, entropy = 0.0;
-    for (Index i = 0; i < n; ++i) {
-        const double ratio = largest == 0.0 ? 0.0 : s[i] / largest, square = ratio * ratio;
-        sum += ratio, squares += square, fourths += square * square;
-        if (out.singular_values) out.singular_values(b, h, i) = static_cast<A>(factor.times(s[i]));
-    }
-    for (Index i = 0; i < n && largest != 0.0; ++i) {
-        const double p = s[i] / largest / sum;
-        if (p != 0.0) entropy -= p * std::log(p);
-    }
-    const bool zero = largest == 0.0;
-    if (out.effective_rank) out.effective_rank(b, h) = static_cast<A>(zero ? 0.0 : std::exp(entropy));             // eq. 3
-    if (out.participation_ratio) out.participation_ratio(b, h) = static_cast<A>(zero ? 0.0 : squares * squares / fourths);  // eq. 4
-    if (out.stable_rank) out.stable_rank(b, h) = static_cast<A>(zero ? 0.0 : squares);                              // eq. 5
-}
-
-/// A head that holds NaN or Inf; `s` has room for n values.
-template <class T>
-void write_nan(const Outputs<T>& out, Index b, Index h, double* s, Index n) {
-    constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-    for (Index i = 0; i < n; ++i) s[i] = nan;
-    write_norms(out, b, h, nan, nan, {1.0, 0});
-    write_spectrum(routing_of(out), b, h, s, n, {1.0, 0});
-    write_spectrum(filtering_of(out), b, h, s, n, {1.0, 0});
-}
 
 /// Scratch of one head.
 struct ReferenceScratch {

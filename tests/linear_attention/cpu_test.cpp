@@ -33,16 +33,6 @@ void expect_close_in_every_dtype(const Options& options, const Case& c, cpu exec
     expect_close<f16>(options, c, exec, run);
     expect_close<bf16>(options, c, exec, run);
 }
-/// With the states that a form has, and denominators far from zero.
-Case of_form(const Options& options, LinearCase o, std::uint64_t seed) {
-    o.sums = options.divides();
-    o.positive = options.normalized == Normalized::yes;
-    Case c = make(o, seed);
-    if (o.positive && o.states)
-        for (double& x : values(c, "s0")) x *= 0.1;
-    return c;
-}
-
 TEST(LinearAttentionCpu, EveryFormLengthAndInstructionSet) {
     for (const Isa isa : isas())
         for (const Options& options : linear_forms())

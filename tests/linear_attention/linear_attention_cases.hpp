@@ -50,6 +50,16 @@ inline std::vector<linear_attention::Options> linear_forms() {
     return {{}, {FeatureMap::elu1, Normalized::by_feature_map}, {FeatureMap::identity, Normalized::yes}, {FeatureMap::elu1, Normalized::no}};
 }
 
+/// With the states that a form has, and denominators far from zero.
+inline Case of_form(const linear_attention::Options& options, LinearCase o, std::uint64_t seed) {
+    o.sums = options.divides();
+    o.positive = options.normalized == linear_attention::Normalized::yes;
+    Case c = make(o, seed);
+    if (o.positive && o.states)
+        for (double& x : values(c, "s0")) x *= 0.1;
+    return c;
+}
+
 /// Empty where every tensor is as close to the float64 truth on inputs rounded alike as its dtype promises: f64 1e-12, f32 1e-5, and 16-bit
 /// storage that and the rounding of the tensor itself.
 template <class T>

@@ -4,11 +4,18 @@
 
 #include <attention/params.hpp>
 #include <interstate/cuda/sequences.cuh>
-#include <interstate/cuda/swizzle.cuh>
+#include <interstate/cuda/tiles.cuh>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace attention {
 namespace detail {
+
+using device::clear;
+using device::exp2_of;
+using device::Lane;
+using device::multiply_rows;
+using device::Rows16;
+using device::Shared16;
 
 inline constexpr double log2_e = 1.4426950408889634, ln_2 = 0.6931471805599453;
 
@@ -17,11 +24,6 @@ template <class T>
 inline constexpr device::Precision precision_of = std::is_same_v<T, bf16>  ? device::Precision::bfloat
                                                   : std::is_same_v<T, f16> ? device::Precision::half
                                                                            : device::Precision::exact;
-
-struct Lane {
-    int group, quad;
-    __device__ explicit Lane(int lane) : group(lane / 4), quad(lane % 4) {}
-};
 
 /// A tile of rows of one head: of queries for o and dq, of keys for dk and dv.
 struct Place {
@@ -151,102 +153,11 @@ struct Channels {
     View<float, 4> dc, db;                  // of c, over scale, and of b; backward
 };
 
-/// 2^x.
-__device__ inline float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /// 1 / (1 + 2^-x).
 __device__ inline float sigmoid2(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + exp2_of(-x)));
     return y;
-}
-
-template <int m, int tiles>
-__device__ void clear(float (&c)[m][tiles][4]) {
-#pragma unroll
-    for (int i = 0; i < m; ++i) device::clear(c[i]);
-}
-
-/// What a product has left, m tiles of 16 rows, as the left factor of the next one.
-template <device::Precision precision, int m, int count>
-struct Rows16 {
-    device::Factors<float, precision, 2> factor[m][count / device::depth<precision>];
-
-    __device__ explicit Rows16(const float (&c)[m][count / 8][4]) {
-        constexpr int pairs = device::k_pairs<precision>;
-#pragma unroll
-        for (int i = 0; i < m; ++i)
-#pragma unroll
-            for (int t = 0; t < count / 8; ++t)
-#pragma unroll
-                for (int row = 0; row < 2; ++row)
-                    factor[i][t / pairs].set(row, t % pairs, c[i][t][2 * row], c[i][t][2 * row + 1]);
-    }
-    __device__ void load(device::Factors<float, precision, 2>& f, int i, int k) const { f = factor[i][k / device::depth<precision>]; }
-};
-
-/// Rows of a matrix in shared memory as a left factor. Registers could keep them, but are worth more elsewhere.
-template <class E, int rows, int columns>
-struct Shared16 {
-    device::SwizzledLoader<E, rows, device::panel_columns<E, columns>, device::Read::as_stored, true> loader;
-    __device__ Shared16(const device::Swizzled<E, rows, columns>& a, int row, int lane) : loader(device::rows_of(a.as_stored(), row, 0, lane)) {}
-    template <device::Precision precision>
-    __device__ void load(device::Factors<float, precision, 2>& f, int i, int k) const {
-        loader.load(f, 16 * i, k);
-    }
-};
-
-/// c (m x 16 rows, tiles x 8 columns) += rows of a, in registers or in shared memory, times columns n .. of b, over k =
-/// first .. first + count - 1 of b, which is 0 .. count - 1 of a.
-template <device::Precision precision, int count, int m, int tiles, class A, class B>
-__device__ void multiply_rows(float (&c)[m][tiles][4], const A& a, const B& b, int n, int first, int lane) {
-    static_assert(tiles % 2 == 0);
-    const auto from_b = device::columns_of(b, n, first, lane);
-    if constexpr (device::packs<precision>) {
-#pragma unroll
-        for (int k = 0; k < count; k += 16) {
-            device::Factors<float, precision, 2> fa[m];
-#pragma unroll
-            for (int i = 0; i < m; ++i) a.load(fa[i], i, k);
-#pragma unroll
-            for (int t = 0; t < tiles; t += 2) {
-                device::Factors<float, precision, 1> fb[2];
-                from_b.load(fb, 8 * t, k);
-#pragma unroll
-                for (int i = 0; i < m; ++i) {
-                    device::multiply_add(c[i][t], fa[i], fb[0]);
-                    device::multiply_add(c[i][t + 1], fa[i], fb[1]);
-                }
-            }
-        }
-    } else {
-        // Sums of their own for 64 columns at most (device::Sums), which registers have room for.
-        constexpr int part = tiles < 8 ? tiles : 8;
-        static_assert(tiles % part == 0);
-#pragma unroll
-        for (int i = 0; i < m; ++i)
-#pragma unroll
-            for (int t0 = 0; t0 < tiles; t0 += part) {
-                device::Sums<precision, part> sums(reinterpret_cast<float(&)[part][4]>(c[i][t0]));
-#pragma unroll
-                for (int k = 0; k < count; k += device::depth<precision>) {
-                    device::Factors<float, precision, 2> fa;
-                    a.load(fa, i, k);
-#pragma unroll
-                    for (int t = 0; t < part; t += 2) {
-                        device::Factors<float, precision, 1> fb[2];
-                        from_b.load(fb, 8 * (t0 + t), k);
-                        sums.add(t, fa, fb[0]);
-                        sums.add(t + 1, fa, fb[1]);
-                    }
-                }
-                sums.finish();
-            }
-    }
 }
 
 /// The same times a power of two.

@@ -190,15 +190,10 @@ __device__ void take_rows(const typename Form<T>::Element* from, const HeadRows<
         from, device::Rows<T>(to.view, chunk.batch(), chunk.row(), head, chunk.rows(), to.wide, panel * padded), shift, thread);
 }
 
-/// Rounds what becomes a factor of products: where the unit cuts low bits, cutting would be a bias.
+/// What becomes a factor of products.
 template <class T>
 __device__ float factor(float x) {
-    if constexpr (Form<T>::precision == device::Precision::cut) {
-        std::uint32_t y;
-        asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-        return __uint_as_float(y);
-    }
-    return x;
+    return device::rounded<Form<T>::precision>(x);
 }
 template <class T>
 __device__ void put_factors(typename Form<T>::Element* to, float x, float y) {

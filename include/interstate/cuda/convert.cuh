@@ -38,6 +38,13 @@ __device__ T store_as(A x) {
     }
 }
 
+/// 2^x.
+__device__ inline float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /// Two elements that lie side by side, the first in the lower half of a register.
 template <class T>
 using Pair = std::conditional_t<sizeof(T) == 2, std::uint32_t, std::conditional_t<sizeof(T) == 4, float2, double2>>;

@@ -32,6 +32,23 @@ using Packed = std::conditional_t<precision == Precision::half, f16, bf16>;
 template <Precision precision>
 inline constexpr int k_pairs = depth<precision> / 8;
 
+/// Rounds what becomes a factor, ties to even: where the unit cuts low bits, cutting would be a bias, and so would ties away from zero,
+/// which sums of short numbers are full of.
+template <Precision precision>
+__device__ float rounded(float x) {
+    if constexpr (precision == Precision::cut) {
+        std::uint32_t y;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+#else
+        y = __float_as_uint(x);
+        if (x == x) y = (y + 0xfffu + (y >> 13 & 1u)) & 0xffffe000u;
+#endif
+        return __uint_as_float(y);
+    }
+    return x;
+}
+
 /// A power of two as factors are multiplied by it, which rounds nothing that does not leave the range.
 template <Precision precision>
 struct Power {

@@ -168,6 +168,28 @@ struct Swizzled {
             }
         }
     }
+    /// The same of another dtype, which is converted on the way: complete when it returns.
+    template <int threads, class T>
+    __device__ void copy_in(const Rows<const T>& from, int thread) const {
+        constexpr int V = chunk_columns<T>;
+        if (from.wide) {
+#pragma unroll 4
+            for (int unit = thread; unit < rows * columns / V; unit += threads) {
+                const int row = unit / (columns / V), column = unit % (columns / V) * V;
+                Wide<T> x{};
+                if (row < from.count && column < from.width) x = load_wide(from.data + row * from.stride + column);
+#pragma unroll
+                for (int e = 0; e < V; e += 2) put_pair(at(row, column + e), load_as<float>(x.x[e]), load_as<float>(x.x[e + 1]));
+            }
+        } else {
+#pragma unroll 1
+            for (int e = thread; e < rows * columns; e += threads) {
+                const int row = e / columns, column = e % columns;
+                const bool there = row < from.count && column < from.width;
+                *at(row, column) = there ? load_as<E>(from.data[row * from.stride + column * from.column_stride]) : E(0.0f);
+            }
+        }
+    }
     /// Takes rows out.
     template <int threads>
     __device__ void copy_out(const Rows<E>& to, int thread) const {
@@ -183,6 +205,30 @@ struct Swizzled {
             for (int e = thread; e < rows * columns; e += threads) {
                 const int row = e / columns, column = e % columns;
                 if (row < to.count && column < to.width) to.data[row * to.stride + column * to.column_stride] = *at(row, column);
+            }
+        }
+    }
+    template <int threads, class T>
+    __device__ void copy_out(const Rows<T>& to, int thread) const {
+        constexpr int V = chunk_columns<T>;
+        if (to.wide) {
+            for (int unit = thread; unit < min(rows, to.count) * (columns / V); unit += threads) {
+                const int row = unit / (columns / V), column = unit % (columns / V) * V;
+                if (column >= to.width) continue;
+                Wide<T> x;
+#pragma unroll
+                for (int e = 0; e < V; e += 2) {
+                    const float2 pair = get_pair(at(row, column + e));
+                    x.x[e] = store_as<T>(pair.x);
+                    x.x[e + 1] = store_as<T>(pair.y);
+                }
+                *reinterpret_cast<int4*>(to.data + row * to.stride + column) = __builtin_bit_cast(int4, x);
+            }
+        } else {
+#pragma unroll 1
+            for (int e = thread; e < rows * columns; e += threads) {
+                const int row = e / columns, column = e % columns;
+                if (row < to.count && column < to.width) to.data[row * to.stride + column * to.column_stride] = store_as<T>(*at(row, column));
             }
         }
     }

@@ -7,6 +7,7 @@
 
 #include <interstate/cuda/convert.cuh>
 #include <interstate/cuda/launch.cuh>
+#include <interstate/cuda/product.cuh>
 #include <interstate/dispatch.hpp>
 #include <interstate/workspace.hpp>
 #include <random_features/params.hpp>
@@ -14,7 +15,10 @@
 namespace interstate::inline INTERSTATE_ABI {
 namespace random_features::detail {
 
-inline constexpr int product_threads = 256, product_tile = 64, product_depth = 16;
+using device::product;
+using device::product_threads;
+using device::product_tile;
+using device::product_tiles;
 
 template <class T, class P>
 struct Problem {
@@ -41,7 +45,6 @@ __device__ E* head(const View<E, 4>& x, Index n, Index h) {
     return x.data + b * x.stride[0] + (n - b * x.extent[1]) * x.stride[1] + h * x.stride[2];
 }
 
-inline Index product_tiles(Index n) { return ceil_div(n, product_tile); }
 /// Parts of the rows that dW is summed over: enough blocks to fill a GPU, none without rows.
 inline Index weight_parts(const Shape& s) {
     const Index blocks = s.heads * product_tiles(s.frequencies) * product_tiles(s.head_dim), tiles = product_tiles(s.rows());
@@ -60,36 +63,6 @@ struct CudaLayout {
 };
 
 inline namespace INTERSTATE_KERNELS {
-
-/// sum[i][j] = sum_k left(m, k) right(k, n), with m = ty + 16 i and n = tx + 16 j of the tile. Neighbouring threads load
-/// what is next to each other in k, or, where `across`, in m or n. Outside of the matrices the loads must give zeros.
-template <bool left_across, bool right_across, class A, class Left, class Right>
-__device__ void product(Index depth, Left&& left, Right&& right, A (&sum)[4][4]) {
-    __shared__ A tile[2][product_depth][product_tile + 1];
-    const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-    for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) sum[i][j] = A(0);
-    for (Index first = 0; first < depth; first += product_depth) {
-        for (int i = threadIdx.x; i < product_tile * product_depth; i += product_threads) {
-            const int lk = left_across ? i / product_tile : i % product_depth, m = left_across ? i % product_tile : i / product_depth;
-            const int rk = right_across ? i / product_tile : i % product_depth, n = right_across ? i % product_tile : i / product_depth;
-            tile[0][lk][m] = first + lk < depth ? left(m, first + lk) : A(0);
-            tile[1][rk][n] = first + rk < depth ? right(first + rk, n) : A(0);
-        }
-        __syncthreads();
-#pragma unroll
-        for (int k = 0; k < product_depth; ++k) {
-            A a[4], b[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[i] = tile[0][k][ty + 16 * i], b[i] = tile[1][k][tx + 16 * i];
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) sum[i][j] += a[i] * b[j];
-        }
-        __syncthreads();
-    }
-}
 
 __device__ inline void sine_cosine(float p, float& sine, float& cosine) { sincosf(p, &sine, &cosine); }
 __device__ inline void sine_cosine(double p, double& sine, double& cosine) { sincos(p, &sine, &cosine); }

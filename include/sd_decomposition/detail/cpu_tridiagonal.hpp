@@ -20,8 +20,8 @@
 #include <interstate/cpu/simd.hpp>
 #include <interstate/dispatch.hpp>
 #include <sd_decomposition/detail/cpu_spectrum.hpp>
+#include <sd_decomposition/detail/outputs.hpp>
 #include <sd_decomposition/params.hpp>
-#include <sd_decomposition/reference.hpp>
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace sd_decomposition::detail {
@@ -32,10 +32,6 @@ inline constexpr Index block_rows = 128;   // of [Q K] that are merged into T at
 constexpr Index padded(Index n) { return ceil_div(n, pad) * pad; }
 /// Elements from row to row: an odd multiple of the padding, so that a column visits every cache set.
 constexpr Index stride_of(Index columns) { return pad * (ceil_div(columns, pad) | 1); }
-
-/// A squared length that is no length beside elements near 1; its inverse is still a number.
-template <class A>
-inline constexpr A nothing = sizeof(A) == 8 ? A(1e-280) : A(1e-30f);
 
 // ---- Leaf bodies -----------------------------------------------------------------------------------
 

@@ -1,0 +1,356 @@
+// What the chunked CUDA kernels of linear attention share: sizes, where a block works, and a state in registers and in shared memory.
+// Equations: docs/ops/linear_attention.md, "In chunks" and "On the GPU".
+#pragma once
+
+#include <algorithm>
+
+#include <interstate/cuda/sequences.cuh>
+#include <interstate/cuda/tiles.cuh>
+#include <interstate/workspace.hpp>
+#include <linear_attention/params.hpp>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace linear_attention::detail {
+
+/// Tokens between states that are kept; lengths that run beside each other are multiples of it.
+inline constexpr int segment = 512;
+
+/// How T is multiplied. A state in bfloat16 is two matrices, the second what rounding takes from the first. float16 becomes float, for its range.
+template <class T>
+struct Form {
+    using Element = float;
+    static constexpr device::Precision precision = std::is_same_v<T, f16> ? device::Precision::cut : device::Precision::exact;
+    static constexpr int chunk = 32, state_parts = 1;
+};
+template <>
+struct Form<bf16> {
+    using Element = bf16;
+    static constexpr device::Precision precision = device::Precision::bfloat;
+    static constexpr int chunk = 64, state_parts = 2;
+};
+
+/// A block for heads of up to `dim` columns. Of a product with a row for each token, a warp has 16 rows and a group of columns; of a state, 16
+/// rows m and every column.
+template <class T, int dim>
+struct Block {
+    using E = typename Form<T>::Element;
+    static constexpr device::Precision precision = Form<T>::precision;
+    static constexpr int chunk = Form<T>::chunk, parts = Form<T>::state_parts, warps = dim / 16, threads = 32 * warps;
+    static constexpr int row_groups = chunk / 16, column_groups = warps / row_groups, columns = dim / column_groups;
+    using Tile = device::Swizzled<E, chunk, dim>;
+    using Matrix = device::Swizzled<E, dim, dim>;
+    /// A record of a state: S, row by row, then z.
+    static constexpr int record = dim * dim + dim;
+    /// With two stages of as many tiles, and as many floats.
+    static constexpr std::size_t shared(int tiles, int floats) {
+        return sizeof(E) * (2 * tiles * Tile::size + parts * Matrix::size) + sizeof(float) * static_cast<std::size_t>(floats);
+    }
+    static constexpr std::size_t sum_shared = shared(2, 0) - sizeof(E) * parts * Matrix::size;
+    static constexpr std::size_t forward_shared = shared(3, dim);
+    static constexpr std::size_t query_shared = shared(4, dim + (2 + column_groups) * chunk);
+    static constexpr std::size_t key_shared = shared(4, dim + 2 * chunk);
+    static constexpr std::size_t most_shared = std::max(query_shared, key_shared);
+};
+
+/// Rows of every sequence cut into spans of `size`: how many numbers they have. An empty sequence has one too, to hand its state on.
+inline Index span_count(const Shape& s, Index size) {
+    return s.packed() ? (s.sequences > 0 ? s.length / size + s.sequences : 0) : s.batch * std::max<Index>(ceil_div(s.length, size), 1);
+}
+
+/// What the kernels of a call read.
+template <class T>
+struct Call {
+    Shape shape;
+    Inputs<T> in;
+    bool elu1, divides, wide_q, wide_k, wide_v;
+};
+template <class T>
+Call<T> call_of(const Options& options, const Inputs<T>& in) {
+    const Shape s = shape_of(in);
+    return {.shape = s,
+            .in = in,
+            .elu1 = options.feature_map == FeatureMap::elu1,
+            .divides = options.divides(),
+            .wide_q = device::moves_wide(in.q, s.head_dim),
+            .wide_k = device::moves_wide(in.k, s.head_dim),
+            .wide_v = device::moves_wide(in.v, s.value_dim)};
+}
+
+inline namespace INTERSTATE_KERNELS {
+
+/// phi of eq. 1.
+__device__ inline float feature_of(float x) { return x > 0.0f ? x + 1.0f : device::exp2_of(x * 1.44269504f); }
+
+/// x as a factor of products has it.
+template <class T>
+__device__ float rounding(float x) {
+    if constexpr (std::is_same_v<T, bf16>) return device::load_as<float>(device::store_as<bf16>(x));
+    return device::rounded<Form<T>::precision>(x);
+}
+
+/// A span of a sequence.
+struct Span {
+    Index batch, row;            // its first row
+    int sequence, index, count;  // which span of the sequence; rows
+    bool exists, last;
+    /// Span `slot` of those of `size` rows.
+    __device__ Span(const Shape& s, const View<const std::int32_t, 1>& cu, Index slot, int size) {
+        RowRange rows{0, s.length};
+        if (s.packed()) {
+            sequence = static_cast<int>(device::recurrence_of(cu, s.sequences, s.length, slot, size));
+            index = static_cast<int>(slot - device::first_tile(cu, sequence, s.length, size));
+            rows = device::checked_rows(cu, sequence, s.length);
+            batch = 0;
+        } else {
+            const Index spans = s.length > 0 ? ceil_div(s.length, size) : 1;
+            sequence = static_cast<int>(slot / spans);
+            index = static_cast<int>(slot % spans);
+            batch = sequence;
+        }
+        row = rows.begin + static_cast<Index>(index) * size;
+        const Index left = rows.end - row;
+        count = static_cast<int>(left < 0 ? 0 : left < size ? left : size);
+        exists = index == 0 || (index > 0 && left > 0);
+        last = left <= size;
+    }
+};
+
+/// A head's share of a state, in registers: rows 16 warp + group (c[0], c[1]) and 8 more (c[2], c[3]), columns 8 t + 2 quad + {0, 1}. z, of the
+/// same rows, in every lane.
+template <int dim>
+struct StateRows {
+    float s[dim / 8][4], z[2];
+
+    __device__ void clear() {
+        device::clear(s);
+        z[0] = z[1] = 0.0f;
+    }
+    __device__ static int row(int e) { return static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + e / 2 * 8; }
+    __device__ static int column(int t) { return 8 * t + static_cast<int>(threadIdx.x) % 4 * 2; }
+
+    /// From a record and to one.
+    __device__ void load(const float* record) {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+#pragma unroll
+            for (int t = 0; t < dim / 8; ++t) {
+                const float2 pair = *reinterpret_cast<const float2*>(record + row(e) * dim + column(t));
+                s[t][e] = pair.x;
+                s[t][e + 1] = pair.y;
+            }
+            z[e / 2] = record[dim * dim + row(e)];
+        }
+    }
+    __device__ void store(float* record) const {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+#pragma unroll
+            for (int t = 0; t < dim / 8; ++t) *reinterpret_cast<float2*>(record + row(e) * dim + column(t)) = {s[t][e], s[t][e + 1]};
+            if (column(0) == 0) record[dim * dim + row(e)] = z[e / 2];
+        }
+    }
+    /// From tensors and to them, null ones being zeros.
+    __device__ void load(const View<const float, 4>& S, const View<const float, 3>& Z, Index n, Index h) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int m = row(e);
+#pragma unroll
+            for (int t = 0; t < dim / 8; ++t) {
+                const int c = column(t) + e % 2;
+                s[t][e] = S && m < S.extent[2] && c < S.extent[3] ? S(n, h, m, c) : 0.0f;
+            }
+            z[e / 2] = Z && m < Z.extent[2] ? Z(n, h, m) : 0.0f;
+        }
+    }
+    __device__ void store(const View<float, 4>& S, const View<float, 3>& Z, Index n, Index h) const {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int m = row(e);
+#pragma unroll
+            for (int t = 0; t < dim / 8; ++t) {
+                const int c = column(t) + e % 2;
+                if (S && m < S.extent[2] && c < S.extent[3]) S(n, h, m, c) = s[t][e];
+            }
+            if (Z && e % 2 == 0 && column(0) == 0 && m < Z.extent[2]) Z(n, h, m) = z[e / 2];
+        }
+    }
+};
+
+/// Rows of a transposed matrix in shared memory as a left factor: columns `row` .. of it.
+template <class E, int rows, int columns>
+struct Transposed16 {
+    device::SwizzledLoader<E, rows, device::panel_columns<E, columns>, device::Read::transposed, true> loader;
+    int row;
+    __device__ Transposed16(const device::Swizzled<E, rows, columns>& a, int row_, int lane) : loader(device::rows_of(a.transposed(), 0, 0, lane)), row(row_) {}
+    template <device::Precision precision>
+    __device__ void load(device::Factors<float, precision, 2>& f, int i, int k) const {
+        loader.load(f, row + 16 * i, k);
+    }
+};
+
+/// S += X^T Y and z += X^T weight over the tokens of a chunk; weights are ones where null, and not asked for without `sums`.
+template <class T, int dim>
+__device__ void add_outer(StateRows<dim>& state, const typename Block<T, dim>::Tile& x, const typename Block<T, dim>::Tile& y, bool sums, const float* weight, int lane) {
+    using B = Block<T, dim>;
+    constexpr int chunk = B::chunk, part = dim / 8 < 8 ? dim / 8 : 8;
+    const Transposed16<typename B::E, chunk, dim> rows(x, 16 * (static_cast<int>(threadIdx.x) / 32), lane);
+#pragma unroll
+    for (int t0 = 0; t0 < dim / 8; t0 += part) {
+        // What tensor cores add to is cut with every product: a long sum is rounded here instead.
+        float sum[1][part][4];
+        device::clear(sum);
+        device::multiply_rows<B::precision, chunk>(sum, rows, y.transposed(), 8 * t0, 0, lane);
+#pragma unroll
+        for (int t = 0; t < part; ++t)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) state.s[t0 + t][e] += sum[0][t][e];
+    }
+    if (!sums) return;
+    // A column of weights, and one of what rounding takes from them.
+    float sum[1][4];
+    device::clear(sum);
+    device::Sums<B::precision, 1> of(sum);
+#pragma unroll
+    for (int k = 0; k < chunk; k += device::depth<B::precision>) {
+        device::Factors<float, B::precision, 2> fx;
+        device::Factors<float, B::precision, 1> fw;
+        rows.load(fx, 0, k);
+#pragma unroll
+        for (int pair = 0; pair < device::k_pairs<B::precision>; ++pair) {
+            const int token = k + 8 * pair + lane % 4 * 2;
+            float w0 = weight ? weight[token] : 1.0f, w1 = weight ? weight[token + 1] : 1.0f;
+            if (lane / 4 == 1) {
+                w0 -= rounding<T>(w0);
+                w1 -= rounding<T>(w1);
+            }
+            if (lane / 4 > 1) w0 = w1 = 0.0f;
+            fw.set(0, pair, w0, w1);
+        }
+        of.add(0, fx, fw);
+    }
+    of.finish();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) state.z[i] += __shfl_sync(0xffffffffu, sum[0][2 * i] + sum[0][2 * i + 1], lane / 4 * 4);
+}
+
+/// A state as a right factor, to more bits than its dtype has, because one error in it is in every row of a chunk: in bfloat16 what rounding leaves of
+/// it and what it takes, else float to 22 bits.
+template <class T, int dim>
+struct StateMatrix {
+    using B = Block<T, dim>;
+    static constexpr device::Precision precision = B::precision == device::Precision::cut ? device::Precision::exact : B::precision;
+    typename B::E* data;
+    __device__ typename B::Matrix part(int i) const { return {data + i * B::Matrix::size}; }
+    __device__ void put(const StateRows<dim>& state) const {
+#pragma unroll
+        for (int e = 0; e < 4; e += 2)
+#pragma unroll
+            for (int t = 0; t < dim / 8; ++t) {
+                const float x = state.s[t][e], y = state.s[t][e + 1];
+                device::put_pair(part(0).at(state.row(e), state.column(t)), x, y);
+                if constexpr (B::parts == 2) device::put_pair(part(1).at(state.row(e), state.column(t)), x - rounding<T>(x), y - rounding<T>(y));
+            }
+    }
+    /// c += rows of a times S (over m), columns n .. of it, or times S^T (over c), columns n .. of that.
+    template <bool of_transpose, int tiles, class A>
+    __device__ void multiply(float (&c)[1][tiles][4], const A& a, int n, int lane) const {
+#pragma unroll
+        for (int i = 0; i < B::parts; ++i) {
+            if constexpr (of_transpose)
+                device::multiply_rows<precision, dim>(c, a, part(i).as_stored(), n, 0, lane);
+            else
+                device::multiply_rows<precision, dim>(c, a, part(i).transposed(), n, 0, lane);
+        }
+    }
+};
+
+/// phi of the first `count` rows and `width` columns, in place (eq. 1); what is behind them stays zero.
+template <class T, int dim>
+__device__ void map_features(const typename Block<T, dim>::Tile& x, int count, Index width, int thread) {
+    using B = Block<T, dim>;
+    constexpr int V = device::chunk_columns<typename B::E>;
+#pragma unroll 2
+    for (int unit = thread; unit < B::Tile::size / V; unit += B::threads) {
+        const int row = unit / (dim / V), column = unit % (dim / V) * V;
+        if (row >= count || column >= width) continue;
+#pragma unroll
+        for (int e = 0; e < V; e += 2) {
+            auto* const at = x.at(row, column + e);
+            const float2 pair = device::get_pair(at);
+            const auto phi = [&](float y, int c) { return c < width ? device::rounded<B::precision>(feature_of(y)) : 0.0f; };
+            device::put_pair(at, phi(pair.x, column + e), phi(pair.y, column + e + 1));
+        }
+    }
+}
+
+/// Rows times a number each, in place.
+template <class T, int dim>
+__device__ void scale_rows(const typename Block<T, dim>::Tile& x, const float* by, int thread) {
+    using B = Block<T, dim>;
+    constexpr int V = device::chunk_columns<typename B::E>;
+#pragma unroll 2
+    for (int unit = thread; unit < B::Tile::size / V; unit += B::threads) {
+        const int row = unit / (dim / V), column = unit % (dim / V) * V;
+        const float factor = by[row];
+#pragma unroll
+        for (int e = 0; e < V; e += 2) {
+            auto* const at = x.at(row, column + e);
+            const float2 pair = device::get_pair(at);
+            device::put_pair(at, device::rounded<B::precision>(pair.x * factor), device::rounded<B::precision>(pair.y * factor));
+        }
+    }
+}
+
+/// Running sums over the spans of each sequence and head: of record i comes what is before it (or, backwards, behind it), beginning with S and Z
+/// of the sequence; what is left in the end goes to `S_end` and `Z_end`. A thread an element.
+template <int dim>
+__global__ __launch_bounds__(256) void scan_records_kernel(Shape shape, View<const std::int32_t, 1> cu, int size, bool backwards, float* records,
+                                                           View<const float, 4> S, View<const float, 3> Z, View<float, 4> S_end, View<float, 3> Z_end) {
+    constexpr int record = dim * dim + dim;
+    constexpr unsigned blocks = (record + 255) / 256;
+    const int i = static_cast<int>(blockIdx.x % blocks * blockDim.x + threadIdx.x);
+    if (i >= record) return;
+    const Index n = blockIdx.x / blocks / shape.kv_heads, h = blockIdx.x / blocks % shape.kv_heads;
+    Index first = 0, spans = 0;
+    if (shape.packed()) {
+        const RowRange rows = device::checked_rows(cu, n, shape.length);
+        first = device::first_tile(cu, n, shape.length, size);
+        spans = ceil_div(rows.end - rows.begin, size);
+    } else {
+        spans = ceil_div(shape.length, size);
+        first = n * (spans > 0 ? spans : 1);
+    }
+    const bool is_sum = i >= dim * dim;
+    const int m = is_sum ? i - dim * dim : i / dim, c = is_sum ? 0 : i % dim;
+    const bool there = m < shape.head_dim && c < shape.value_dim;
+    float sum = 0.0f;
+    if (is_sum ? static_cast<bool>(Z) && m < shape.head_dim : static_cast<bool>(S) && there) sum = is_sum ? Z(n, h, m) : S(n, h, m, c);
+    const Index step = (backwards ? -1 : 1) * shape.kv_heads * record;
+    float* at = records + ((first + (backwards ? spans - 1 : 0)) * shape.kv_heads + h) * record + i;
+    constexpr int ahead = 8;  // loads that fly at once
+    for (Index k = 0; k < spans; k += ahead, at += ahead * step) {
+        float add[ahead];
+#pragma unroll
+        for (int j = 0; j < ahead; ++j) add[j] = k + j < spans ? at[j * step] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < ahead; ++j) {
+            if (k + j < spans) at[j * step] = sum;
+            sum += add[j];
+        }
+    }
+    if (is_sum ? static_cast<bool>(Z_end) && m < shape.head_dim : static_cast<bool>(S_end) && there) (is_sum ? Z_end(n, h, m) : S_end(n, h, m, c)) = sum;
+}
+
+}  // namespace INTERSTATE_KERNELS
+
+/// Launches the scan above.
+template <int dim>
+Status scan_records(const cuda& exec, const Shape& s, const View<const std::int32_t, 1>& cu, int size, bool backwards, float* records, const View<const float, 4>& S,
+                    const View<const float, 3>& Z, const View<float, 4>& S_end, const View<float, 3>& Z_end) {
+    return launch(exec, "linear_attention.cuda scan", scan_records_kernel<dim>,
+                  {dim3(static_cast<unsigned>(ceil_div(dim * dim + dim, 256) * s.states() * s.kv_heads)), dim3(256)}, s, cu, size, backwards, records, S, Z, S_end,
+                  Z_end);
+}
+
+}  // namespace linear_attention::detail
+}  // namespace interstate::inline INTERSTATE_ABI

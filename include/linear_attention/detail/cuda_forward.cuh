@@ -1,0 +1,222 @@
+// Linear attention forward on tensor cores: what spans of tokens add to the state, where there are few heads; then blocks that walk through a span
+// of a head chunk by chunk, the state in registers (docs/ops/linear_attention.md, eq. 10).
+#pragma once
+
+#include <linear_attention/detail/cuda_chunks.cuh>
+
+namespace interstate::inline INTERSTATE_ABI {
+namespace linear_attention::detail {
+
+/// Where forward keeps what backward wants: the state that enters each segment, record after record, and w of each row, (B, L, Hq).
+struct Kept {
+    float *records, *weights;
+    Kept(Arena& arena, const Options& options, const Shape& s, Index record)
+        : records(arena.take<float>(span_count(s, segment) * s.kv_heads * record)),
+          weights(arena.take<float>(options.divides() ? s.batch * s.length * s.query_heads : 0)) {}
+};
+
+inline namespace INTERSTATE_KERNELS {
+
+/// What a span adds to S and z. The last one of a sequence adds to nothing.
+template <class T, int dim>
+__global__ __launch_bounds__(Block<T, dim>::threads) void sum_kernel(const __grid_constant__ Call<T> call, int size, float* records) {
+    using B = Block<T, dim>;
+    extern __shared__ __align__(128) unsigned char memory[];
+    const Index slot = blockIdx.x / call.shape.kv_heads;
+    const int h = static_cast<int>(blockIdx.x % call.shape.kv_heads), thread = static_cast<int>(threadIdx.x);
+    const Span span(call.shape, call.in.cu_seqlens, slot, size);
+    if (!span.exists || span.last) return;
+    const auto tile = [&](int i) { return typename B::Tile{reinterpret_cast<typename B::E*>(memory) + i * B::Tile::size}; };
+    const int chunks = (span.count + B::chunk - 1) / B::chunk;
+    const auto rows = [&](int n) { return min(B::chunk, span.count - n * B::chunk); };
+    const auto fetch = [&](int n) {
+        const Index row = span.row + n * B::chunk;
+        tile(n % 2 * 2).template copy_in<B::threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
+        tile(n % 2 * 2 + 1).template copy_in<B::threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
+    };
+    StateRows<dim> state;
+    state.clear();
+    fetch(0);
+#pragma unroll 1
+    for (int n = 0; n < chunks; ++n) {
+        device::wait_for_copies();
+        __syncthreads();
+        if (n + 1 < chunks) fetch(n + 1);
+        if (call.elu1) {
+            map_features<T, dim>(tile(n % 2 * 2), rows(n), call.shape.head_dim, thread);
+            __syncthreads();
+        }
+        add_outer<T, dim>(state, tile(n % 2 * 2), tile(n % 2 * 2 + 1), call.divides, nullptr, thread % 32);
+    }
+    state.store(records + (slot * call.shape.kv_heads + h) * B::record);
+}
+
+/// The rows of a span, chunk by chunk, and the queries of a key/value head, head by head. `entry`: the states that enter the spans; null: those of
+/// the call. `kept` has no records where backward will not follow.
+template <class T, int dim>
+__global__ __launch_bounds__(Block<T, dim>::threads) void forward_kernel(const __grid_constant__ Call<T> call, int size, const float* entry,
+                                                                         const __grid_constant__ Outputs<T> out, bool wide_o, float* kept_records, float* kept_weights) {
+    using B = Block<T, dim>;
+    constexpr int chunk = B::chunk, threads = B::threads, keys = 32, tiles = B::columns / 8;
+    extern __shared__ __align__(128) unsigned char memory[];
+    const Shape& shape = call.shape;
+    const Index slot = blockIdx.x / shape.kv_heads;
+    const int h = static_cast<int>(blockIdx.x % shape.kv_heads), thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane_id = thread % 32;
+    const Span span(shape, call.in.cu_seqlens, slot, size);
+    if (!span.exists) return;
+    const device::Lane lane(lane_id);
+    const int group = static_cast<int>(shape.group());
+    auto* const data = reinterpret_cast<typename B::E*>(memory);
+    const auto tile = [&](int i) { return typename B::Tile{data + i * B::Tile::size}; };
+    const auto q_tile = [&](int step) { return tile(step % 2); };
+    const auto k_tile = [&](int n) { return tile(2 + n % 2); };
+    const auto v_tile = [&](int n) { return tile(4 + n % 2); };
+    const StateMatrix<T, dim> matrix{data + 6 * B::Tile::size};
+    auto* const z = reinterpret_cast<float*>(matrix.data + B::parts * B::Matrix::size);
+    const int chunks = (span.count + chunk - 1) / chunk, steps = chunks * group;
+    const auto rows = [&](int n) { return min(chunk, span.count - n * chunk); };
+    const auto fetch = [&](int step) {
+        const int n = step / group, g = step % group;
+        const Index row = span.row + n * chunk;
+        q_tile(step).template copy_in<threads>(device::Rows<const T>(call.in.q, span.batch, row, h * group + g, rows(n), call.wide_q), thread);
+        if (g > 0) return;
+        k_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
+        v_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
+    };
+    if (steps > 0) fetch(0);
+
+    StateRows<dim> state;
+    if (entry)
+        state.load(entry + (slot * shape.kv_heads + h) * B::record);
+    else
+        state.load(call.in.s0, call.in.z0, span.sequence, h);
+    const auto put_state = [&] {
+        matrix.put(state);
+        if (call.divides && lane.quad == 0) {
+            z[state.row(0)] = state.z[0];
+            z[state.row(2)] = state.z[1];
+        }
+    };
+    put_state();
+
+    const int row0 = warp % B::row_groups * 16, column0 = warp / B::row_groups * B::columns;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        const int n = step / group, g = step % group;
+        const auto q = q_tile(step), k = k_tile(n), v = v_tile(n);
+        device::wait_for_copies();
+        __syncthreads();
+        if (step + 1 < steps) fetch(step + 1);
+        if (kept_records && g == 0 && (n * chunk) % segment == 0) {
+            // Spans begin where segments do.
+            const Index first = shape.packed() ? device::first_tile(call.in.cu_seqlens, span.sequence, shape.length, segment) : span.sequence * ceil_div(shape.length, segment);
+            state.store(kept_records + ((first + (static_cast<Index>(span.index) * size + n * chunk) / segment) * shape.kv_heads + h) * B::record);
+        }
+        if (call.elu1) {
+            map_features<T, dim>(q, rows(n), shape.head_dim, thread);
+            if (g == 0) map_features<T, dim>(k, rows(n), shape.head_dim, thread);
+            __syncthreads();
+        }
+        const device::Shared16<typename B::E, chunk, dim> queries(q, row0, lane_id);
+        float o[1][tiles][4], weight[2] = {};
+        device::clear(o);
+#pragma unroll 1
+        for (int j = 0; j < row0 + 16; j += keys) {
+            float s[1][keys / 8][4];
+            device::clear(s);
+            device::multiply_rows<B::precision, dim>(s, queries, k.as_stored(), j, 0, lane_id);
+#pragma unroll
+            for (int t = 0; t < keys / 8; ++t)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const bool reads = j + 8 * t + 2 * lane.quad + e % 2 <= row0 + lane.group + e / 2 * 8;
+                    weight[e / 2] += s[0][t][e] = reads ? s[0][t][e] : 0.0f;
+                    s[0][t][e] = device::rounded<B::precision>(s[0][t][e]);
+                }
+            device::multiply_rows<B::precision, keys>(o, device::Rows16<B::precision, 1, keys>(s), v.transposed(), column0, j, lane_id);
+        }
+        matrix.template multiply<false>(o, queries, column0, lane_id);
+        if (call.divides) {
+            // phi(q).z of a row by two lanes, half of the columns each; then who holds the row asks for it.
+            float dot = 0.0f;
+            const int row = row0 + lane_id / 2, half = lane_id % 2 * (dim / 2);
+#pragma unroll
+            for (int c = 0; c < dim / 2; c += 2) {
+                const float2 x = device::get_pair(q.at(row, half + c));
+                dot = fmaf(x.x, z[half + c], fmaf(x.y, z[half + c + 1], dot));
+            }
+            dot += __shfl_xor_sync(0xffffffffu, dot, 1);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                weight[i] += __shfl_xor_sync(0xffffffffu, weight[i], 1);
+                weight[i] += __shfl_xor_sync(0xffffffffu, weight[i], 2);
+                weight[i] += __shfl_sync(0xffffffffu, dot, 2 * (lane.group + 8 * i));
+                const int r = row0 + lane.group + 8 * i;
+                if (kept_weights && column0 == 0 && lane.quad == 0 && r < rows(n))
+                    kept_weights[(span.batch * shape.length + span.row + n * chunk + r) * shape.query_heads + h * group + g] = weight[i];
+                const float over = weight[i] == 0.0f ? 0.0f : 1.0f / weight[i];
+#pragma unroll
+                for (int t = 0; t < tiles; ++t)
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) o[0][t][2 * i + e] *= over;
+            }
+        }
+        const bool advances = g + 1 == group && (n + 1 < chunks || !span.last || out.sT || out.zT);
+        if (advances) add_outer<T, dim>(state, k, v, call.divides, nullptr, lane_id);
+        __syncthreads();
+        if (advances) put_state();
+#pragma unroll
+        for (int e = 0; e < 4; e += 2)
+#pragma unroll
+            for (int t = 0; t < tiles; ++t) device::put_pair(q.at(row0 + lane.group + e / 2 * 8, column0 + 8 * t + 2 * lane.quad), o[0][t][e], o[0][t][e + 1]);
+        __syncthreads();
+        q.template copy_out<threads>(device::Rows<T>(out.o, span.batch, span.row + n * chunk, h * group + g, rows(n), wide_o), thread);
+    }
+    if (span.last) state.store(out.sT, out.zT, span.sequence, h);
+}
+
+}  // namespace INTERSTATE_KERNELS
+
+/// Blocks that a forward wants beside each other, and rows of a head that one walks through: a multiple of the segment.
+inline constexpr Index wanted_blocks = 112;
+inline Index span_size(const Shape& s) {
+    const Index heads = std::max<Index>(s.states() * s.kv_heads, 1);
+    const Index longest = ceil_div(std::max<Index>(s.length, 1), segment) * segment;
+    if (!s.packed() && heads >= wanted_blocks) return longest;
+    const Index rows = s.packed() ? s.length * s.kv_heads / (2 * wanted_blocks) : ceil_div(s.length * heads, 2 * wanted_blocks);
+    return std::clamp<Index>(ceil_div(rows, segment) * segment, segment, longest);
+}
+
+/// The states that enter spans: none where each sequence is one span.
+inline Index span_records(const Shape& s) {
+    const Index size = span_size(s);
+    return size >= s.length ? 0 : span_count(s, size) * s.kv_heads;
+}
+
+template <class T, int dim>
+Status run_forward(const cuda& exec, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved saved, Workspace ws) {
+    using B = Block<T, dim>;
+    const auto call = call_of(options, in);
+    const Shape& s = call.shape;
+    const auto size = static_cast<int>(span_size(s));
+    const Index blocks = span_count(s, size) * s.kv_heads;
+    float* records = nullptr;
+    if (span_records(s) > 0) {
+        Arena arena(ws.data);
+        records = arena.take<float>(span_records(s) * B::record);
+        INTERSTATE_RETURN_IF_ERROR(launch(exec, "linear_attention.cuda sums", sum_kernel<T, dim>, {dim3(static_cast<unsigned>(blocks)), dim3(B::threads), B::sum_shared}, call, size, records));
+        INTERSTATE_RETURN_IF_ERROR(scan_records<dim>(exec, s, in.cu_seqlens, size, false, records, in.s0, in.z0, {}, {}));
+    }
+    float *kept_records = nullptr, *kept_weights = nullptr;
+    if (saved.data) {
+        Arena arena(saved.data);
+        const Kept kept(arena, options, s, B::record);
+        kept_records = kept.records;
+        if (options.divides()) kept_weights = kept.weights;
+    }
+    return launch(exec, "linear_attention.cuda forward", forward_kernel<T, dim>, {dim3(static_cast<unsigned>(blocks)), dim3(B::threads), B::forward_shared}, call, size,
+                  static_cast<const float*>(records), out, device::moves_wide(out.o, s.value_dim), kept_records, kept_weights);
+}
+
+}  // namespace linear_attention::detail
+}  // namespace interstate::inline INTERSTATE_ABI
