@@ -33,7 +33,8 @@ inline std::vector<LayerRouting> routing_of(Model& model, const Text& text, cons
         const interstate::cpu all_threads;
         std::vector<std::byte> memory(sd::workspace_size(all_threads, {}, shape, interstate::pass::forward));
         check(sd::forward(all_threads, {}, in,
-                          sd::Outputs<float>{.routing_energy = view(energy.data(), extent), .routing_effective_rank = view(rank.data(), extent)},
+                          sd::Outputs<float>{.routing_energy = view(energy.data(), extent),
+                                             .routing_effective_rank = view(rank.data(), extent)},
                           interstate::Saved{}, interstate::Workspace{memory.data(), memory.size()}),
               "sd_decomposition::forward");
         layers.push_back({rank.mean(), energy.mean()});

@@ -28,7 +28,7 @@ inline const std::vector<MixerEntry>& all_mixers() {
          make_mixer<S4dOnlyMixer>},
         {"sd", "S-D attention: one projection for queries and keys, routing minus filtering", true,
          make_mixer<SdMixer<sd_attention::Normalizer::softmax>>, "sd_linear"},
-        {"sd_linear", "S-D attention in its linear form: ELU + 1 in place of the softmax", true,
+        {"sd_linear", "S-D attention in its linear form: ELU + 1 in place of the softmax", false,
          make_mixer<SdMixer<sd_attention::Normalizer::elu1>>},
         {"linear", "softmax in its linear form: linear attention, ELU + 1 in place of the softmax", false,
          make_mixer<LinearMixer>},

@@ -19,6 +19,7 @@ namespace sd_attention = interstate::sd_attention;
 template <sd_attention::Normalizer normalizer>
 class SdMixer final : public Mixer {
     static constexpr bool softmax = normalizer == sd_attention::Normalizer::softmax;
+    static constexpr float generator_rate = 0.3f;  // queries and keys both move where a generator does
 
   public:
     /// Values are a quarter wider than u: what is saved on queries and keys goes there.
@@ -28,10 +29,10 @@ class SdMixer final : public Mixer {
           value_dim_(head_dim_ + head_dim_ / 4),
           in_(name + ".in", config.width, heads_ * (head_dim_ + value_dim_), random),
           out_(name + ".out", heads_ * value_dim_, config.width, random, config.out_gain),
-          P_(name + ".P", heads_ * head_dim_, head_dim_),
-          delta_(name + ".delta", heads_, head_dim_, false),
+          P_(name + ".P", heads_ * head_dim_, head_dim_, false, generator_rate),
+          delta_(name + ".delta", heads_, head_dim_, false, generator_rate),
           rope_(head_dim_) {
-        P_.fill_normal(random, std::sqrt(2.0 / static_cast<double>(head_dim_)));  // so that S u is about as large as u
+        P_.fill_normal(random, 0.3 * std::sqrt(2.0 / static_cast<double>(head_dim_)));  // S u about a third as large as u
     }
 
     void collect(Parameters& all) override {
