@@ -93,7 +93,7 @@ struct Several {{
     std::int32_t from, to[3];
 }};""")
 table("Categories P*.", "Range", "punctuation", ranges(lambda c: category(c)[0] == "P"))
-table("Categories C*, unassigned codes included.", "Range", "control", ranges(lambda c: category(c)[0] == "C"))
+table("Categories Cc, Cf and Co; unassigned codes may be letters by now.", "Range", "control", ranges(lambda c: category(c) in ("Cc", "Cf", "Co")))
 table("Categories Z*.", "Range", "space", ranges(lambda c: category(c)[0] == "Z"))
 table("Category Mn.", "Range", "mark", ranges(lambda c: category(c) == "Mn"))
 table("Canonical decomposition without its marks (Mn); syllables of Hangul are not here.", "Shift", "stripped", shifts(strip))
