@@ -11,6 +11,7 @@
 #include <CLI/CLI.hpp>
 
 #include "checkpoint.hpp"
+#include "routing.hpp"
 
 namespace demo {
 namespace {
@@ -174,6 +175,38 @@ void print_table(const Experiment& run, const Baselines& bits) {
     std::printf("\n");
 }
 
+/// What the heads of trained mixers that have queries and keys do, and what the softmax of their first layer is worth.
+void print_routing(const Experiment& run, const Text& text) {
+    bool any = false;
+    for (const MixerRun& mixer : run.mixers) {
+        if (stop) return;
+        const std::vector<LayerRouting> layers = routing_of(*mixer.model, text, run.config);
+        if (layers.empty()) continue;
+        if (!any) {
+            std::printf("\nRouting: the skew-symmetric part of the scores, which moves information between positions.\n");
+            std::printf("Its effective rank and its share of the scores' squares, means over heads on held-out text, layer by layer:\n");
+        }
+        any = true;
+        std::printf("  %-12s", mixer.name.c_str());
+        for (std::size_t l = 0; l < layers.size(); ++l)
+            std::printf("%s layer %zu: rank %4.1f, %2.0f%%", l == 0 ? "" : "  ", l + 1, layers[l].rank, 100.0 * layers[l].energy);
+        std::printf("\n");
+    }
+    any = false;
+    for (const MixerRun& mixer : run.mixers) {
+        if (mixer_named(mixer.name).linear_form.empty()) continue;
+        if (!any)
+            std::printf("The first layer made linear (softmax replaced by ELU + 1, same weights), validation bits/byte:\n"
+                        "  %-12s %8s %9s %s %lld %s\n",
+                        "", "softmax", "linear", " after", static_cast<long long>(retraining_steps), "more steps of training");
+        any = true;
+        const LinearisedFirstLayer bits = linearise_first_layer(mixer, text, run.config, run.seed, stop);
+        if (stop) return;
+        std::printf("  %-12s %8.3f %9.3f %7.3f\n", mixer.name.c_str(), mixer.result->validation_bits, bits.at_once, bits.retrained);
+        std::fflush(stdout);
+    }
+}
+
 void print_samples(const Experiment& run, const Arguments& arguments) {
     for (const MixerRun& mixer : run.mixers) {
         if (arguments.sample == 0 || stop) return;
@@ -248,6 +281,7 @@ int run_demo(const Arguments& arguments) {
         if (!checkpoint.empty()) save_checkpoint(checkpoint, run, text);
     }
     print_table(run, bits);
+    print_routing(run, text);
     print_samples(run, arguments);
     if (stop) return interrupted(run, text, checkpoint);
     return judge(run, bits);

@@ -3,11 +3,13 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include <interstate/executor.hpp>
+#include <interstate/view.hpp>
 #include <interstate/workspace.hpp>
 
 #include "errors.hpp"
@@ -31,6 +33,11 @@ struct Batch {
     Index rows() const { return sequences * length; }
 };
 
+/// Queries and keys as (sequences, length, heads, d), whose products are the scores.
+struct Scores {
+    interstate::View<const float, 4> queries, keys;
+};
+
 /// A mixer owns its projections in and out; (rows, width) goes in and (rows, width) comes out.
 class Mixer {
   public:
@@ -41,6 +48,8 @@ class Mixer {
     /// `train` says that backward() will follow; x stays alive and unchanged until then.
     virtual void forward(const Matrix& x, Batch batch, bool train, Matrix& y) = 0;
     virtual void backward(const Matrix& dy, Matrix& dx) = 0;
+    /// Of the last forward(); null views where scores are made in another way, or there are none.
+    virtual Scores scores() { return {}; }
 
     /// Decoding one sequence from its start, up to `capacity` positions, one row at a time.
     virtual void begin_decode(Index capacity) = 0;
@@ -54,7 +63,8 @@ struct MixerEntry {
     std::string name;
     std::string description;
     bool by_default;  // part of a run without --mixer and --all
-    std::unique_ptr<Mixer> (*make)(const std::string& name, const MixerConfig&, Random&);
+    std::function<std::unique_ptr<Mixer>(const std::string& name, const MixerConfig&, Random&)> make;
+    std::string linear_form{};  // the mixer that has the same parameters and no softmax, if there is one
 };
 
 /// Memory lent to library calls, which never allocate. Grows to the largest request and stays.

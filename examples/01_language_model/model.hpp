@@ -60,6 +60,8 @@ class Block {
         mixer_norm_.backward(branch_, gradient);
     }
 
+    Mixer& mixer() { return *mixer_; }
+
     void begin_decode(Index capacity) { mixer_->begin_decode(capacity); }
 
     void step(Row& x) {
@@ -114,6 +116,8 @@ class Model {
         for (const Parameter* p : parameters_) count += p->value.size();
         return count;
     }
+
+    Mixer& mixer(Index block) { return blocks_[static_cast<std::size_t>(block)]->mixer(); }
 
     /// Logits of the byte after each of `bytes`, which hold batch.rows() of them. With `train`,
     /// backward() may follow; `bytes` must live until then.

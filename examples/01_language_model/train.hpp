@@ -48,15 +48,18 @@ struct MixerRun {
 };
 
 /// Every mixer starts from the same seed and sees the same windows in the same order.
-inline MixerRun new_run(const std::string& name, const ModelConfig& config, std::uint64_t seed) {
+inline MixerRun new_run(const MixerEntry& entry, const ModelConfig& config, std::uint64_t seed) {
     Random seeds(seed);
     Random parameters(seeds.next());
-    auto model = std::make_unique<Model>(config, mixer_named(name), parameters);
+    auto model = std::make_unique<Model>(config, entry, parameters);
     auto optimizer = std::make_unique<AdamW>(model->parameters());
-    return {.name = name,
+    return {.name = entry.name,
             .model = std::move(model),
             .optimizer = std::move(optimizer),
             .data = Random(seeds.next())};
+}
+inline MixerRun new_run(const std::string& name, const ModelConfig& config, std::uint64_t seed) {
+    return new_run(mixer_named(name), config, seed);
 }
 
 inline double now() {
@@ -180,12 +183,10 @@ class Replicas {
 /// Training, one update at a time.
 class Trainer {
   public:
+    Trainer(MixerRun& run, const MixerEntry& entry, const Text& text, const ModelConfig& config, Index steps)
+        : run_(run), text_(text), config_(config), steps_(steps), replicas_(*run.model, entry, config) {}
     Trainer(MixerRun& run, const Text& text, const ModelConfig& config, Index steps)
-        : run_(run),
-          text_(text),
-          config_(config),
-          steps_(steps),
-          replicas_(*run.model, mixer_named(run.name), config) {}
+        : Trainer(run, mixer_named(run.name), text, config, steps) {}
 
     /// Returns the loss before the update, in bits per byte.
     double step() {
@@ -223,8 +224,8 @@ inline void train(MixerRun& run, const Text& text, const ModelConfig& config, In
 }
 
 /// Mean bits per byte over all validation windows.
-inline double validate(MixerRun& run, const Text& text, const ModelConfig& config) {
-    Replicas replicas(*run.model, mixer_named(run.name), config);
+inline double validate(Model& model, const MixerEntry& entry, const Text& text, const ModelConfig& config) {
+    Replicas replicas(model, entry, config);
     const auto batch = static_cast<std::size_t>(config.batch);
     double nats = 0.0;
     for (std::size_t first = 0; first < text.windows(); first += batch) {
@@ -234,6 +235,9 @@ inline double validate(MixerRun& run, const Text& text, const ModelConfig& confi
         nats += static_cast<double>(windows.size()) * replicas.loss(windows, false);
     }
     return nats / static_cast<double>(text.windows()) / std::numbers::ln2;
+}
+inline double validate(MixerRun& run, const Text& text, const ModelConfig& config) {
+    return validate(*run.model, mixer_named(run.name), text, config);
 }
 
 /// Median microseconds a token at the next `timed` positions.

@@ -19,9 +19,9 @@ struct Options {
     Normalizer normalizer = Normalizer::softmax;
     Component component = Component::both;
 
-    constexpr bool softmax() const { return normalizer == Normalizer::softmax; }
-    constexpr bool routes() const { return component != Component::filtering; }
-    constexpr bool filters() const { return component != Component::routing; }
+    INTERSTATE_HD constexpr bool softmax() const { return normalizer == Normalizer::softmax; }
+    INTERSTATE_HD constexpr bool routes() const { return component != Component::filtering; }
+    INTERSTATE_HD constexpr bool filters() const { return component != Component::routing; }
 };
 
 /// Sets one option from its text, as the golden cases and tools/replay write it.

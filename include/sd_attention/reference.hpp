@@ -74,40 +74,44 @@ struct ReferenceTensors {
     }
 };
 
-/// K of head h (eq. 1 and 2).
+/// Element (i, j) of K of head h (eq. 1 and 2).
+template <class W>
+INTERSTATE_HD double generator_element(const Options& options, const Shape& s, const Generator<W>& g, Index h, Index i, Index j) {
+    double skew = 0.0;
+    if (options.routes() && s.dense()) skew = (static_cast<double>(g.P(h, i, j)) - static_cast<double>(g.P(h, j, i))) / 2.0;
+    for (Index p = 0; options.routes() && p < s.planes; ++p)
+        skew += static_cast<double>(g.a(h, p, i)) * static_cast<double>(g.b(h, p, j)) -
+                static_cast<double>(g.b(h, p, i)) * static_cast<double>(g.a(h, p, j));
+    return skew - (options.filters() && i == j ? softplus(static_cast<double>(g.delta(h, i))) : 0.0);
+}
 template <class W>
 void make_generator(const Options& options, const Shape& s, const Generator<W>& g, Index h, double* K) {
-    const Index r = s.channels;
-    for (Index i = 0; i < r; ++i)
-        for (Index j = 0; j < r; ++j) {
-            double skew = 0.0;
-            if (options.routes() && s.dense()) skew = (static_cast<double>(g.P(h, i, j)) - static_cast<double>(g.P(h, j, i))) / 2.0;
-            for (Index p = 0; options.routes() && p < s.planes; ++p)
-                skew += static_cast<double>(g.a(h, p, i)) * static_cast<double>(g.b(h, p, j)) -
-                        static_cast<double>(g.b(h, p, i)) * static_cast<double>(g.a(h, p, j));
-            K[i * r + j] = skew - (options.filters() && i == j ? softplus(static_cast<double>(g.delta(h, i))) : 0.0);
-        }
+    for (Index i = 0; i < s.channels; ++i)
+        for (Index j = 0; j < s.channels; ++j) K[i * s.channels + j] = generator_element(options, s, g, h, i, j);
 }
-/// Of dK to P, a, b and delta (eq. 9 and 10).
+/// Row i of what dK is to P, and to a, b and delta (eq. 9 and 10).
+template <class W>
+INTERSTATE_HD void generator_gradient_row(const Options& options, const Shape& s, const Generator<W>& in, const BasicGenerator<W>& grads, Index h,
+                                          const double* dK, Index i) {
+    const Index r = s.channels;
+    const auto turn = [&](Index j) { return options.routes() ? dK[i * r + j] - dK[j * r + i] : 0.0; };
+    for (Index j = 0; j < r && grads.P; ++j) grads.P(h, i, j) = static_cast<W>(turn(j) / 2.0);
+    for (Index p = 0; p < s.planes; ++p) {
+        double da = 0.0, db = 0.0;
+        for (Index j = 0; j < r; ++j) {
+            da += turn(j) * static_cast<double>(in.b(h, p, j));
+            db -= turn(j) * static_cast<double>(in.a(h, p, j));
+        }
+        if (grads.a) grads.a(h, p, i) = static_cast<W>(da);
+        if (grads.b) grads.b(h, p, i) = static_cast<W>(db);
+    }
+    const double slope = options.filters() ? -sigmoid(static_cast<double>(in.delta(h, i))) : 0.0;
+    if (grads.delta) grads.delta(h, i) = static_cast<W>(slope * dK[i * r + i]);
+}
 template <class W>
 void generator_gradients(const Options& options, const Shape& s, const Generator<W>& in, const BasicGenerator<W>& grads, Index h,
                          const double* dK) {
-    const Index r = s.channels;
-    const auto turn = [&](Index i, Index j) { return options.routes() ? dK[i * r + j] - dK[j * r + i] : 0.0; };
-    for (Index i = 0; i < r; ++i) {
-        for (Index j = 0; j < r && grads.P; ++j) grads.P(h, i, j) = static_cast<W>(turn(i, j) / 2.0);
-        for (Index p = 0; p < s.planes; ++p) {
-            double da = 0.0, db = 0.0;
-            for (Index j = 0; j < r; ++j) {
-                da += turn(i, j) * static_cast<double>(in.b(h, p, j));
-                db -= turn(i, j) * static_cast<double>(in.a(h, p, j));
-            }
-            if (grads.a) grads.a(h, p, i) = static_cast<W>(da);
-            if (grads.b) grads.b(h, p, i) = static_cast<W>(db);
-        }
-        const double slope = options.filters() ? -sigmoid(static_cast<double>(in.delta(h, i))) : 0.0;
-        if (grads.delta) grads.delta(h, i) = static_cast<W>(slope * dK[i * r + i]);
-    }
+    for (Index i = 0; i < s.channels; ++i) generator_gradient_row(options, s, in, grads, h, dK, i);
 }
 
 /// f(t, b, i) for every row t of (B, L), those of no sequence left out.

@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 
 #include "../../examples/01_language_model/checkpoint.hpp"
+#include "../../examples/01_language_model/routing.hpp"
 
 namespace demo {
 namespace {
@@ -224,6 +225,63 @@ TEST_P(EveryMixer, SamplesAreDecidedByTheSeed) {
 
 INSTANTIATE_TEST_SUITE_P(Mixers, EveryMixer, testing::ValuesIn(mixer_names()),
                          [](const auto& info) { return info.param; });
+
+// The scores of S-D attention are u K u with K = S - D: without D nothing but routing, without S none.
+TEST(Routing, IsWhatTheGeneratorSays) {
+    const ModelConfig config = tiny_config();
+    const Text text = tiny_text();
+    for (const char* mixer : {"sd", "sd_linear"}) {
+        MixerRun run = new_run(mixer, config, 3);
+        const auto set = [&](const char* suffix, float value) {
+            for (Parameter* p : run.model->parameters())
+                if (p->name.ends_with(suffix)) p->value.setConstant(value);
+        };
+        for (const LayerRouting& layer : routing_of(*run.model, text, config)) {
+            EXPECT_GT(layer.energy, 0.05);
+            EXPECT_LT(layer.energy, 0.95);
+        }
+        set(".delta", -50.0f);
+        std::vector<LayerRouting> layers = routing_of(*run.model, text, config);
+        ASSERT_EQ(layers.size(), static_cast<std::size_t>(config.blocks));
+        for (const LayerRouting& layer : layers) {
+            EXPECT_NEAR(layer.energy, 1.0, 1e-5);
+            EXPECT_GT(layer.rank, 1.9);  // singular values come in pairs
+        }
+        set(".delta", 0.0f);
+        set(".P", 0.0f);
+        for (const LayerRouting& layer : routing_of(*run.model, text, config)) EXPECT_LT(layer.energy, 1e-5);
+    }
+    MixerRun other = new_run("s4d", config, 3);
+    EXPECT_TRUE(routing_of(*other.model, text, config).empty());
+}
+
+TEST(LinearForm, TakesThePlaceOfTheFirstLayerAlone) {
+    ModelConfig config = tiny_config();
+    const Text text = tiny_text();
+    const std::atomic<bool> stop{false};
+    for (const char* mixer : {"softmax", "sd"}) {
+        const MixerEntry& entry = mixer_named(mixer);
+        const auto bits = [&](const MixerEntry& e, Index blocks) {
+            config.blocks = blocks;
+            MixerRun run = new_run(e, config, 5);  // the same parameters, whichever form reads them
+            for (Parameter* p : run.model->parameters())
+                if (p->name.ends_with(".out")) p->value *= 30.0f;  // so that the mixer matters before any training
+            return validate(*run.model, e, text, config);
+        };
+        const MixerEntry first = with_linear_first_layer(entry);
+        EXPECT_EQ(bits(first, 1), bits(mixer_named(entry.linear_form), 1));
+        EXPECT_NE(bits(first, 1), bits(entry, 1));
+        EXPECT_NE(bits(first, 2), bits(mixer_named(entry.linear_form), 2));
+        EXPECT_NE(bits(first, 2), bits(entry, 2));
+
+        config.blocks = 2;
+        MixerRun run = new_run(mixer, config, 5);
+        const std::uint64_t before = fingerprint(*run.model);
+        const LinearisedFirstLayer linear = linearise_first_layer(run, text, config, 5, stop);
+        EXPECT_EQ(fingerprint(*run.model), before);
+        EXPECT_LT(linear.retrained, linear.at_once);  // an untrained model, which any training improves
+    }
+}
 
 // SISA's importance begins so small that above its gradients lie within the bounds. Here it is as large as content.
 TEST(SisaMixer, GradientMatchesFiniteDifferences) {

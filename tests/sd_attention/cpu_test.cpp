@@ -9,7 +9,7 @@
 
 #include "../support/isas.hpp"
 #include "../support/sanitized.hpp"
-#include "sd_attention_cases.hpp"
+#include "rounded_formula.hpp"
 
 namespace interstate::test {
 namespace {
@@ -18,139 +18,6 @@ using sd_attention::Component;
 using sd_attention::Normalizer;
 using sd_attention::Operator;
 using sd_attention::Options;
-
-double round_to(DType dtype, double x) {
-    return dispatch_dtype(dtype, [&](auto t) { return static_cast<double>(decltype(t)(x)); });
-}
-
-/// Softmax attention with its weights and the gradients of its scores, operands of products, rounded to T: o, lse, and where there is dout
-/// the gradients of q, k and v.
-template <class T>
-Case rounded_softmax(const Case& c) {
-    const auto &q = c.tensors.at("q"), &v = c.tensors.at("v");
-    const Index B = q.extent[0], L = q.extent[1], H = q.extent[2], r = q.extent[3], dv = v.extent[3];
-    const auto& k = c.tensors.at("k");
-    const bool back = c.tensors.contains("dout.o");
-    Case results;
-    auto &o = results.tensors["out.o"] = v, &lse = results.tensors["out.lse"] = {{B, L, H}, std::vector<double>(B * L * H)};
-    std::fill(o.values.begin(), o.values.end(), 0.0);
-    auto &dq = results.tensors["grad.q"] = q, &dk = results.tensors["grad.k"] = q, &dvalues = results.tensors["grad.v"] = o;
-    for (auto* x : {&dq, &dk}) std::fill(x->values.begin(), x->values.end(), 0.0);
-    std::vector<std::int32_t> cu;
-    if (c.tensors.contains("cu_seqlens"))
-        for (const double x : c.tensors.at("cu_seqlens").values) cu.push_back(static_cast<std::int32_t>(x));
-    const double scale = 1.0 / std::sqrt(static_cast<double>(std::max<Index>(r, 1)));
-    const Index sequences = cu.empty() ? B : static_cast<Index>(cu.size()) - 1;
-    for (Index n = 0; n < sequences; ++n)
-        for (Index h = 0; h < H; ++h) {
-            const RowRange rows = cu.empty() ? RowRange{n * L, (n + 1) * L} : RowRange{cu[n], cu[n + 1]};
-            for (Index i = rows.begin; i < rows.end; ++i) {
-                std::vector<double> p, dp;
-                double sum = 0.0, largest = -1e300, delta = 0.0;
-                for (Index j = rows.begin; j <= i; ++j) {
-                    double dot = 0.0;
-                    for (Index e = 0; e < r; ++e) dot += q.values[(i * H + h) * r + e] * k.values[(j * H + h) * r + e];
-                    p.push_back(scale * dot), largest = std::max(largest, scale * dot);
-                }
-                for (double& x : p) sum += x = std::exp(x - largest);
-                lse.values[i * H + h] = largest + std::log(sum);
-                for (double& x : p) x /= sum;
-                for (Index j = rows.begin; j <= i; ++j) {
-                    const double weight = round_to(dtype_of<T>, p[j - rows.begin]);
-                    dp.push_back(0.0);
-                    for (Index e = 0; e < dv; ++e) {
-                        o.values[(i * H + h) * dv + e] += weight * v.values[(j * H + h) * dv + e];
-                        if (!back) continue;
-                        const double up = c.tensors.at("dout.o").values[(i * H + h) * dv + e];
-                        dvalues.values[(j * H + h) * dv + e] += weight * up;
-                        dp.back() += up * v.values[(j * H + h) * dv + e];
-                    }
-                    delta += p[j - rows.begin] * dp.back();
-                }
-                if (c.tensors.contains("dout.lse")) delta -= c.tensors.at("dout.lse").values[i * H + h];
-                for (Index j = rows.begin; j <= i; ++j) {
-                    const double ds = scale * round_to(dtype_of<T>, p[j - rows.begin] * (dp[j - rows.begin] - delta));
-                    for (Index e = 0; e < r; ++e) {
-                        dq.values[(i * H + h) * r + e] += ds * k.values[(j * H + h) * r + e];
-                        dk.values[(j * H + h) * r + e] += ds * q.values[(i * H + h) * r + e];
-                    }
-                }
-            }
-        }
-    return results;
-}
-
-/// The plain formula with operands of products rounded to T (but those of the linear forms' inner sums) and all else exact: what the 16-bit rule allows twice the error of.
-template <class T>
-Case rounded_formula(const Options& options, const Case& c) {
-    const auto& u = c.tensors.at("u");
-    const Index B = u.extent[0], L = u.extent[1], H = u.extent[2], r = u.extent[3];
-    sd_attention::Generator<double> g;
-    for (auto [name, view_of] : {std::pair{"P", &g.P}, std::pair{"a", &g.a}, std::pair{"b", &g.b}})
-        if (c.tensors.contains(name)) {
-            const auto& e = c.tensors.at(name).extent;
-            *view_of = view(c.tensors.at(name).values.data(), {e[0], e[1], e[2]});
-        }
-    g.delta = view(c.tensors.at("delta").values.data(), {H, r});
-    const sd_attention::Shape s{.heads = H, .channels = r, .planes = c.tensors.contains("a") ? c.tensors.at("a").extent[1] : -1};
-    std::vector<double> K(r * r);
-    Case inner, results;
-    inner.tensors["q"] = u, inner.tensors["k"] = u, inner.tensors["v"] = c.tensors.at("v");
-    for (const char* name : {"cu_seqlens", "dout.o", "dout.lse"})
-        if (c.tensors.contains(name)) inner.tensors[name] = c.tensors.at(name);
-    const double factor = sd_attention::detail::factor_of(options, s);
-    const auto generator = [&](Index h) {
-        sd_attention::detail::make_generator(options, s, g, h, K.data());
-        for (double& x : K) x = round_to(dtype_of<T>, x);
-    };
-    for (Index h = 0; h < H; ++h) {
-        generator(h);
-        for (Index t = 0; t < B * L; ++t)
-            for (Index j = 0; j < r; ++j) {
-                double sum = 0.0;
-                for (Index i = 0; i < r; ++i) sum += u.values[(t * H + h) * r + i] * K[i * r + j];
-                values(inner, "q")[(t * H + h) * r + j] = round_to(dtype_of<T>, factor * sum);
-            }
-    }
-    if (options.softmax())
-        results = rounded_softmax<T>(inner);
-    else
-        EXPECT_TRUE((run_case<linear_attention::Operator, double, double>(reference{}, sd_attention::detail::linear_of(options), inner, results).ok()));
-    Case out;
-    out.tensors["out.o"] = results.tensors["out.o"];
-    if (options.softmax()) out.tensors["out.lse"] = results.tensors["out.lse"];
-    if (!c.tensors.contains("dout.o")) return out;
-    out.tensors["grad.v"] = results.tensors["grad.v"];
-    HostTensor du = results.tensors["grad.k"];
-    sd_attention::BasicGenerator<double> gradient;
-    for (auto [name, view_of] : {std::pair{"P", &gradient.P}, std::pair{"a", &gradient.a}, std::pair{"b", &gradient.b}})
-        if (c.tensors.contains(name)) {
-            auto& to = out.tensors["grad." + std::string(name)] = c.tensors.at(name);
-            *view_of = view(to.values.data(), {to.extent[0], to.extent[1], to.extent[2]});
-        }
-    out.tensors["grad.delta"] = c.tensors.at("delta");
-    gradient.delta = view(values(out, "grad.delta").data(), {H, r});
-    for (Index h = 0; h < H; ++h) {
-        generator(h);
-        std::vector<double> dK(r * r);
-        for (Index t = 0; t < B * L; ++t)
-            for (Index i = 0; i < r; ++i)
-                for (Index j = 0; j < r; ++j) {
-                    const double dx = round_to(dtype_of<T>, factor * values(results, "grad.q")[(t * H + h) * r + j]);
-                    du.values[(t * H + h) * r + i] += K[i * r + j] * dx;
-                    if (dx != 0.0) dK[i * r + j] += u.values[(t * H + h) * r + i] * dx;  // no u of rows of no sequence, which may be NaN
-                }
-        sd_attention::detail::generator_gradients(options, s, g, gradient, h, dK.data());
-    }
-    out.tensors["grad.u"] = du;
-    return out;
-}
-
-double norm_of(const HostTensor& x) {
-    double sum = 0.0;
-    for (const double value : x.values) sum += value * value;
-    return std::sqrt(sum);
-}
 
 /// Empty where every tensor is as close to the float64 truth on inputs rounded alike as its dtype promises: f64 1e-12, f32 1e-5, and 16-bit
 /// storage the 16-bit rule; forward, which rounds nothing between u and o, 1e-5 and the rounding of o. What the truth leaves nothing of but

@@ -101,6 +101,8 @@ class SoftmaxMixer final : public Mixer {
         in_.backward(dprojected_, dx);
     }
 
+    Scores scores() override { return {heads_of(projected_, 0), heads_of(projected_, 1)}; }
+
     void begin_decode(Index capacity) override {
         rope_.prepare(capacity);
         keys_.setZero(capacity, width_);
