@@ -19,8 +19,8 @@ struct AllocationOptions {
     Index minimum = 8, maximum = 128, multiple = 8;  // of r; the first two are multiples of the third
 };
 
-/// Parameters of `heads` heads of r channels: the projections to u and v and from o, width (r + 2 dv) a head, and the generator, P (r r) or a
-/// and b (2 p r), and delta (r).
+/// Parameters of `heads` heads of r channels: the projections to u and v and from o, width (r + 2 dv) a head, and the generator, P (r r)
+/// or a and b (2 p r), and delta (r).
 constexpr Index parameter_count(const AllocationOptions& o, Index heads, Index r) {
     return heads * (o.width * (r + 2 * o.value_dim) + (o.planes >= 0 ? 2 * o.planes * r : r * r) + r);
 }
@@ -29,7 +29,8 @@ constexpr Index parameter_count(const AllocationOptions& o, Index heads, Index r
 /// allocates by layer, groups = heads by head. All begin at the minimum; then, as long as the budget holds it, the one with the least
 /// (r + multiple) / rank grows by `multiple`, of several the one with the larger rank, and those with equal ranks together or not at all.
 /// The first step that the budget does not hold ends it. So dimensions do not fall where ranks rise, equal ranks have equal dimensions, a
-/// larger budget gives no smaller dimension, and a rank of 0 stays at the minimum. `used` is what the result costs, never more than the budget.
+/// larger budget gives no smaller dimension, and a rank of 0 stays at the minimum. `used` is what the result costs, never more than the
+/// budget.
 ///
 /// Errors, before anything is written: invalid_argument (options; ranks that are negative or not finite; heads that are no multiple of
 /// groups; a budget below what the minimum costs).

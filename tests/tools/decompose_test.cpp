@@ -25,7 +25,7 @@ const fs::path small = fs::path(INTERSTATE_GOLDEN_DIR).parent_path() / "tools" /
 
 /// A copy of the small model that a test may break; removed in the end.
 struct Copy {
-    fs::path path = fs::temp_directory_path() / ("decompose_test_" + std::to_string(::getpid()));
+    fs::path path = fs::temp_directory_path() / std::string("decompose_test_").append(std::to_string(::getpid()));
 
     Copy() {
         fs::remove_all(path);
@@ -117,7 +117,8 @@ TEST(Bert, GivesTheHiddenStatesOfNumpy) {
     for (const auto& [name, tensor] : expected.tensors) {
         if (!name.ends_with(".ids")) continue;
         const std::string text = name.substr(0, name.size() - 4);
-        const std::vector<double> q_want = to_doubles(expected.tensors.at(text + ".q")), k_want = to_doubles(expected.tensors.at(text + ".k"));
+        const std::vector<double> q_want = to_doubles(expected.tensors.at(text + ".q"));
+        const std::vector<double> k_want = to_doubles(expected.tensors.at(text + ".k"));
         const Matrix hidden = bert.run(integers(tensor), [&](Index layer, const Matrix&, const Matrix& q, const Matrix& k) {
             EXPECT_LT(error_against(q, q_want.data() + layer * q.size()), 1e-5) << text << " layer " << layer;
             EXPECT_LT(error_against(k, k_want.data() + layer * k.size()), 1e-5) << text << " layer " << layer;
@@ -144,7 +145,8 @@ std::vector<std::vector<double>> by_reference(const double* q, const double* k, 
     const sd_decomposition::Inputs<double> in{.Q = view(q, {Index(1), L, H, d}), .K = view(k, {Index(1), L, H, d})};
     std::vector<std::vector<double>> values(quantities.size(), std::vector<double>(static_cast<std::size_t>(H)));
     const auto out = [&](std::size_t i) { return view(values[i].data(), {Index(1), H}); };
-    const sd_decomposition::Outputs<double> outputs{.routing_energy = out(0), .norm = out(1), .routing_norm = out(2), .filtering_norm = out(3),
+    const sd_decomposition::Outputs<double> outputs{.routing_energy = out(0), .norm = out(1), .routing_norm = out(2),
+                                                    .filtering_norm = out(3),
                                                     .routing_effective_rank = out(4), .filtering_effective_rank = out(5),
                                                     .routing_participation_ratio = out(6), .filtering_participation_ratio = out(7),
                                                     .routing_stable_rank = out(8), .filtering_stable_rank = out(9)};
@@ -167,7 +169,8 @@ TEST(Analysis, CsvIsTheReferenceOnRecordedQueriesAndKeys) {
         std::vector<std::vector<double>> mean(quantities.size(), std::vector<double>(2));
         for (int w = 0; w < 2; ++w) {
             const auto L = static_cast<Index>(windows[static_cast<std::size_t>(w)].size());
-            const auto q = to_doubles(expected.tensors.at(std::to_string(w) + ".q")), k = to_doubles(expected.tensors.at(std::to_string(w) + ".k"));
+            const auto q = to_doubles(expected.tensors.at(std::to_string(w) + ".q"));
+            const auto k = to_doubles(expected.tensors.at(std::to_string(w) + ".k"));
             const auto values = by_reference(q.data() + layer * L * H * d, k.data() + layer * L * H * d, L, H, d, 0.0);
             for (std::size_t i = 0; i < quantities.size(); ++i)
                 for (std::size_t h = 0; h < 2; ++h) mean[i][h] += 0.5 * values[i][h];

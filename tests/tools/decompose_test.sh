@@ -33,7 +33,8 @@ expect() {
 }
 
 for _ in 1 2 3 4 5; do echo "The LORD is my shepherd; I shall not want."; done >psalm.txt
-expect 0 "55 tokens in 4 windows; means over the first 4, of at most 16 tokens" --model "$model" --text psalm.txt --out all --weights --spectra
+expect 0 "55 tokens in 4 windows; means over the first 4, of at most 16 tokens" \
+    --model "$model" --text psalm.txt --out all --weights --spectra
 [ "$(wc -l <all/heads.csv)" -eq 13 ] || fail "heads.csv has not 1 + 2 x 6 lines"
 [ "$(wc -l <all/spectra.csv)" -eq $((1 + 6 * 15 + 6 * 16)) ] || fail "spectra.csv has not a line a singular value"
 for picture in rank routing_energy weights_rank weights_routing_energy; do

@@ -141,22 +141,36 @@ inline std::string number_text(double x) {
     return text;
 }
 
+/// source,layer,head,...: the cells as they are, with commas between them.
+inline void add_row(std::string& text, const char* source, const std::vector<double>& cells) {
+    text += source;
+    for (const double cell : cells) {
+        text += ',';
+        text += number_text(cell);
+    }
+    text += '\n';
+}
+
 /// Layers and heads are counted from 0.
 inline std::string csv_rows(const Analysis& a, const char* source) {
     std::string text;
     for (Index layer = 0; layer < a.layers; ++layer)
         for (Index head = 0; head < a.heads; ++head) {
-            text += std::string(source) + "," + std::to_string(layer) + "," + std::to_string(head) + "," + std::to_string(a.windows) + "," +
-                    std::to_string(a.length);
-            for (const double value : a.at(layer, head).values) text += "," + number_text(value);
-            text += "\n";
+            std::vector<double> cells{static_cast<double>(layer), static_cast<double>(head), static_cast<double>(a.windows),
+                                      static_cast<double>(a.length)};
+            cells.insert(cells.end(), a.at(layer, head).values.begin(), a.at(layer, head).values.end());
+            add_row(text, source, cells);
         }
     return text;
 }
 inline std::string csv_header() {
     std::string text = "source,layer,head,windows,length";
-    for (const char* quantity : quantities) text += std::string(",") + quantity;
-    return text + "\n";
+    for (const char* quantity : quantities) {
+        text += ',';
+        text += quantity;
+    }
+    text += '\n';
+    return text;
 }
 
 inline std::string spectra_rows(const Analysis& a, const char* source) {
@@ -165,8 +179,8 @@ inline std::string spectra_rows(const Analysis& a, const char* source) {
         for (Index head = 0; head < a.heads; ++head) {
             const HeadStatistics& h = a.at(layer, head);
             for (std::size_t i = 0; i < h.routing_spectrum.size(); ++i)
-                text += std::string(source) + "," + std::to_string(layer) + "," + std::to_string(head) + "," + std::to_string(i) + "," +
-                        number_text(h.routing_spectrum[i]) + "," + number_text(h.filtering_spectrum[i]) + "\n";
+                add_row(text, source, {static_cast<double>(layer), static_cast<double>(head), static_cast<double>(i), h.routing_spectrum[i],
+                                       h.filtering_spectrum[i]});
         }
     return text;
 }
@@ -187,7 +201,8 @@ inline std::string layer_table(const Analysis& a) {
             }
         }
         char line[200];
-        std::snprintf(line, sizeof line, "%5lld  %.3f (%.3f to %.3f)             %6.2f (%.2f to %.2f)  %9.2f  %22.2f  %9.2f  %15.2f  %9.2f\n",
+        std::snprintf(line, sizeof line,
+                      "%5lld  %.3f (%.3f to %.3f)             %6.2f (%.2f to %.2f)  %9.2f  %22.2f  %9.2f  %15.2f  %9.2f\n",
                       static_cast<long long>(layer), a.layer_mean(layer, 0), low[0], high[0], a.layer_mean(layer, 4), low[1], high[1],
                       a.layer_mean(layer, 5), a.layer_mean(layer, 6), a.layer_mean(layer, 7), a.layer_mean(layer, 8),
                       a.layer_mean(layer, 9));

@@ -109,8 +109,8 @@ inline std::string picture_of_energy(const Analysis& a, const std::string& title
             if (!std::isfinite(energy)) continue;
             const int x = left + cell_x * static_cast<int>(head);
             const auto mix = [&](int dark) { return static_cast<int>(std::lround(255.0 + energy * (dark - 255.0))); };
-            svg::add(out, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"rgb(%d,%d,%d)\"/>", x, y, cell_x - 1, cell_y - 1, mix(110),
-                     mix(25), mix(0));
+            svg::add(out, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"rgb(%d,%d,%d)\"/>", x, y, cell_x - 1, cell_y - 1,
+                     mix(110), mix(25), mix(0));
             svg::add(out, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\" font-size=\"11\" fill=\"%s\">%.2f</text>", x + cell_x / 2, y + 18,
                      energy > 0.5 ? "white" : "black", energy);
         }
