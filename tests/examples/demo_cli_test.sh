@@ -77,7 +77,7 @@ grep -q $'\x1b\|\r' whole.out && fail "whole run: escape codes in a file"
 for word in unigram bigram 'bits/byte' parameters 'decode' 's4d writes' 'softmax writes'; do
     grep -q "$word" whole.out || fail "whole run: output lacks '$word'"
 done
-grep -Eq '^  softmax +layer 1: rank +[0-9.]+, +[0-9]+%  layer 2: rank' whole.out || fail "whole run: no ranks of softmax's layers"
+grep -Eq '^  softmax +layer 1: rank +[0-9.]+, +[0-9]+% +layer 2: rank' whole.out || fail "whole run: no ranks of softmax's layers"
 grep -Eq '^  softmax( +[0-9]+\.[0-9]{3}){3}$' whole.out || fail "whole run: nothing on softmax's first layer made linear"
 grep -q '^  s4d .*rank' whole.out && fail "whole run: ranks of a mixer without queries and keys"
 tail -n 1 whole.out | grep -q '^Verdict: none.* 12' || fail "a short run is judged: $(tail -n 1 whole.out)"
