@@ -36,10 +36,11 @@ struct Layer {
     Sizes size;
     RandomArray<T> q, k, v, dout;
     DeviceArray<T> o, dq, dk, dv;
+    DeviceArray<acc_t<T>> sT, zT;  // of a slice
 
     explicit Layer(const Sizes& s)
         : size(s), q(queries() * s.d, 1, 3.4), k(keys() * s.d, 2, 3.4), v(keys() * s.d, 3, 3.4), dout(queries() * s.d, 4, 3.4), o(q.size()), dq(q.size()), dk(k.size()),
-          dv(v.size()) {}
+          dv(v.size()), sT(static_cast<std::size_t>(2 * s.d * s.d)), zT(static_cast<std::size_t>(2 * s.d)) {}
     Index queries() const { return size.B * size.L * size.H; }
     Index keys() const { return size.B * size.L * size.kv_heads(); }
     /// One batch row, the query heads of one key/value head or two heads.
@@ -55,7 +56,14 @@ struct Layer {
         return {.q = rows<const T>(q, s, s.H, size.H), .k = rows<const T>(k, s, s.kv_heads(), size.kv_heads()), .v = rows<const T>(v, s, s.kv_heads(), size.kv_heads())};
     }
     linear_attention::Upstream<T> upstream(const Sizes& s) const { return {.o = rows<const T>(dout, s, s.H, size.H)}; }
-    linear_attention::Outputs<T> outputs(const Sizes& s) const { return {.o = rows<T>(o, s, s.H, size.H)}; }
+    linear_attention::Outputs<T> outputs(const Sizes& s) const { return {.o = rows<T>(o, s, s.H, size.H), .sT = {}, .zT = {}}; }
+    /// With states, of a slice.
+    linear_attention::Outputs<T> outputs(const Sizes& s, const Options& options) const {
+        auto out = outputs(s);
+        out.sT = view(sT.data(), {Index{1}, s.kv_heads(), s.d, s.d});
+        if (options.divides()) out.zT = view(zT.data(), {Index{1}, s.kv_heads(), s.d});
+        return out;
+    }
     linear_attention::Grads<T> gradients(const Sizes& s) const {
         return {.q = rows<T>(dq, s, s.H, size.H), .k = rows<T>(dk, s, s.kv_heads(), size.kv_heads()), .v = rows<T>(dv, s, s.kv_heads(), size.kv_heads())};
     }
@@ -79,7 +87,8 @@ void run(const Sizes& s, FeatureMap map, const Ceilings& ceilings) {
     };
     const Sizes few = layer.slice();
     both(few);
-    const bench::Errors errors(bench::results_of(layer.inputs(few), layer.outputs(few), layer.gradients(few)),
+    check(forward(exec, options, layer.inputs(few), layer.outputs(few, options), Saved{}, ws));
+    const bench::Errors errors(bench::results_of(layer.inputs(few), layer.outputs(few, options), layer.gradients(few)),
                                bench::truth_of<linear_attention::Operator>(options, layer.inputs(few), layer.upstream(few)));
 
     const double forward_ms = bench::milliseconds([&] { forwards(s, false); }), both_ms = bench::milliseconds([&] { both(s); });

@@ -9,6 +9,7 @@
 #include <feature_map/feature_map.cuh>
 #include <gate/gate.cuh>
 #include <interdomain/interdomain.cuh>
+#include <linear_attention/linear_attention.cuh>
 #include <random_features/random_features.cuh>
 #include <s4d/s4d.cuh>
 #include <sd_attention/sd_attention.cuh>

@@ -18,7 +18,7 @@ namespace detail {
 inline namespace INTERSTATE_KERNELS {
 
 /// Calls f(std::integral_constant<int, dim>) with the columns of the tiles that hold a head, 64 or 128; 0 asks for the scan: float64, wider heads, and a GPU
-/// without the shared memory that a pass wants.
+/// without the shared memory that a pass wants. Without queries, too: chunks are walked through once a query head.
 template <class T, class F>
 auto dispatch_dim(const Shape& s, F&& f) {
     if constexpr (std::is_same_v<T, f64>) {
@@ -28,7 +28,7 @@ auto dispatch_dim(const Shape& s, F&& f) {
         const bool known = shared_memory_limit(limit).ok();
         return dispatch_size<64, 128>(std::max(s.head_dim, s.value_dim), [&](auto dim) {
             if constexpr (dim > 0)
-                if (known && Block<T, dim>::most_shared <= limit) return f(dim);
+                if (known && Block<T, dim>::most_shared <= limit && s.query_heads > 0) return f(dim);
             return f(std::integral_constant<int, 0>{});
         });
     }
@@ -83,6 +83,7 @@ inline KernelChoice which_kernel(const cuda&, const Options&, const Shape& s) {
     if (s.dtype == DType::f64) return {"linear_attention.cuda.scan", "float64: token by token, no tensor cores"};
     if (s.head_dim > 128 || s.value_dim > 128) return {"linear_attention.cuda.scan", "heads of more than 128 columns: token by token, in float64"};
     const bool fits = dispatch_dtype(s.dtype, [&](auto t) { return detail::dispatch_dim<decltype(t)>(s, [](auto dim) { return dim > 0; }); });
+    if (s.query_heads == 0) return {"linear_attention.cuda.scan", "no queries"};
     if (!fits) return {"linear_attention.cuda.scan", "a block of this device has too little shared memory: token by token, in float64"};
     return {"linear_attention.cuda.chunked", "tensor cores; 16 bytes at once where strides and alignment allow it, single elements otherwise"};
 }

@@ -51,7 +51,7 @@ class SwizzledLoader {
     static constexpr unsigned row_bytes = panel * sizeof(E);
 
   public:
-    /// `outer` and `k` are multiples of 8; what counts columns is one of whole panels.
+    /// `outer` and `k` are multiples of 8; what counts columns is one of the columns that will be loaded from there on, up to a panel.
     __device__ SwizzledLoader(const SwizzledOperand<E, rows, panel, read>& from, int outer, int k, int lane) {
         int row = is_transposed ? k : outer, chunk = 0;
         if constexpr (wide) {
@@ -65,6 +65,7 @@ class SwizzledLoader {
             chunk = is_transposed ? next_outer : next_k;
         }
         const int column = is_transposed ? outer : k;
+        chunk += column % panel / chunk_columns<E>;
         const auto start = static_cast<unsigned>(__cvta_generic_to_shared(from.data)) + static_cast<unsigned>(column / panel * rows + row) * row_bytes;
         at_ = start + static_cast<unsigned>(chunk ^ exchanged<E, panel>(row)) * 16;
         if constexpr (wide) {
@@ -208,27 +209,34 @@ struct Swizzled {
             }
         }
     }
-    template <int threads, class T>
-    __device__ void copy_out(const Rows<T>& to, int thread) const {
+    /// Takes some rows and columns out, by a warp, as any dtype.
+    template <int some_rows, int some_columns, class T>
+    __device__ void copy_part_out(const Rows<T>& to, int row0, int column0, int lane) const {
         constexpr int V = chunk_columns<T>;
+        static_assert(some_columns % V == 0);
         if (to.wide) {
-            for (int unit = thread; unit < min(rows, to.count) * (columns / V); unit += threads) {
-                const int row = unit / (columns / V), column = unit % (columns / V) * V;
-                if (column >= to.width) continue;
-                Wide<T> x;
 #pragma unroll
-                for (int e = 0; e < V; e += 2) {
-                    const float2 pair = get_pair(at(row, column + e));
-                    x.x[e] = store_as<T>(pair.x);
-                    x.x[e + 1] = store_as<T>(pair.y);
+            for (int unit = lane; unit < some_rows * (some_columns / V); unit += 32) {
+                const int row = row0 + unit / (some_columns / V), column = column0 + unit % (some_columns / V) * V;
+                if (row >= to.count || column >= to.width) continue;
+                Wide<T> x;
+                if constexpr (std::is_same_v<T, E>) {
+                    x = load_wide(at(row, column));
+                } else {
+#pragma unroll
+                    for (int e = 0; e < V; e += 2) {
+                        const float2 pair = get_pair(at(row, column + e));
+                        x.x[e] = store_as<T>(pair.x);
+                        x.x[e + 1] = store_as<T>(pair.y);
+                    }
                 }
                 *reinterpret_cast<int4*>(to.data + row * to.stride + column) = __builtin_bit_cast(int4, x);
             }
         } else {
 #pragma unroll 1
-            for (int e = thread; e < rows * columns; e += threads) {
-                const int row = e / columns, column = e % columns;
-                if (row < to.count && column < to.width) to.data[row * to.stride + column * to.column_stride] = store_as<T>(*at(row, column));
+            for (int e = lane; e < some_rows * some_columns; e += 32) {
+                const int row = row0 + e / some_columns, column = column0 + e % some_columns;
+                if (row < to.count && column < to.width) to.data[row * to.stride + column * to.column_stride] = store_as<T>(load_as<float>(*at(row, column)));
             }
         }
     }

@@ -19,7 +19,7 @@ inline namespace INTERSTATE_KERNELS {
 
 /// dq and dw of a segment's rows, and what they add to R and r.
 template <class T, int dim>
-__global__ __launch_bounds__(Block<T, dim>::threads) void query_gradient_kernel(const __grid_constant__ Call<T> call, const View<const T, 4> dout, bool wide_do,
+__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void query_gradient_kernel(const __grid_constant__ Call<T> call, const View<const T, 4> dout, bool wide_do,
                                                                                 const float* entry, const float* weights, const View<T, 4> dq, bool wide_dq,
                                                                                 float* sums, float* dw_rows) {
     using B = Block<T, dim>;
@@ -53,14 +53,12 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void query_gradient_kernel(
         k_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
         v_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
     };
-    fetch(0);
-
-    StateRows<dim> state, adjoint;
+    StateRows<T, dim> state, adjoint;
     adjoint.clear();
     state.load(entry + (slot * shape.kv_heads + h) * B::record);
     const auto put_state = [&] {
         matrix.put(state);
-        if (call.divides && lane.quad == 0) {
+        if (call.divides && state.column(0) == 0) {
             z[state.row(0)] = state.z[0];
             z[state.row(2)] = state.z[1];
         }
@@ -69,13 +67,14 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void query_gradient_kernel(
 
     const int column_group = warp / B::row_groups, row0 = warp % B::row_groups * 16, column0 = column_group * B::columns;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-        const int n = step / group, g = step % group, head = h * group + g;
-        const auto q = q_tile(step), e = e_tile(step), k = k_tile(n), v = v_tile(n);
-        const auto row_at = [&](int r) { return (span.batch * shape.length + span.row + n * chunk + r) * shape.query_heads + head; };
+    for (int step = -1; step < steps; ++step) {
         device::wait_for_copies();
         __syncthreads();
         if (step + 1 < steps) fetch(step + 1);
+        if (step < 0) continue;
+        const int n = step / group, g = step % group, head = h * group + g;
+        const auto q = q_tile(step), e = e_tile(step), k = k_tile(n), v = v_tile(n);
+        const auto row_at = [&](int r) { return (span.batch * shape.length + span.row + n * chunk + r) * shape.query_heads + head; };
         if (call.divides)
             for (int r = thread; r < chunk; r += threads) {
                 const float w = r < rows(n) ? weights[row_at(r)] : 0.0f;
@@ -178,21 +177,14 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void query_gradient_kernel(
         if (advances) add_outer<T, dim>(state, k, v, call.divides, nullptr, lane_id);
         __syncthreads();
         if (advances) put_state();
-        if (!dq) continue;
-#pragma unroll
-        for (int i = 0; i < 4; i += 2)
-#pragma unroll
-            for (int t = 0; t < tiles; ++t)
-                device::put_pair(q.at(row0 + lane.group + i / 2 * 8, column0 + 8 * t + 2 * lane.quad), dx[0][t][i], dx[0][t][i + 1]);
-        __syncthreads();
-        q.template copy_out<threads>(device::Rows<T>(dq, span.batch, span.row + n * chunk, head, rows(n), wide_dq), thread);
+        if (dq) take_out<T, dim>(dx[0], q, row0, column0, device::Rows<T>(dq, span.batch, span.row + n * chunk, head, rows(n), wide_dq), lane_id);
     }
     if (sums) adjoint.store(sums + (slot * shape.kv_heads + h) * B::record);
 }
 
 /// dk and dv of a segment's rows. `entry`: the adjoints behind the segments.
 template <class T, int dim>
-__global__ __launch_bounds__(Block<T, dim>::threads) void key_gradient_kernel(const __grid_constant__ Call<T> call, const View<const T, 4> dout, bool wide_do,
+__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void key_gradient_kernel(const __grid_constant__ Call<T> call, const View<const T, 4> dout, bool wide_do,
                                                                               const float* entry, const float* weights, const float* dw_rows, const View<T, 4> dk,
                                                                               bool wide_dk, const View<T, 4> dv, bool wide_dv) {
     using B = Block<T, dim>;
@@ -227,13 +219,11 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void key_gradient_kernel(co
         k_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
         v_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
     };
-    fetch(0);
-
-    StateRows<dim> adjoint;
+    StateRows<T, dim> adjoint;
     adjoint.load(entry + (slot * shape.kv_heads + h) * B::record);
     const auto put_adjoint = [&] {
         matrix.put(adjoint);
-        if (call.divides && lane.quad == 0) {
+        if (call.divides && adjoint.column(0) == 0) {
             r[adjoint.row(0)] = adjoint.z[0];
             r[adjoint.row(2)] = adjoint.z[1];
         }
@@ -243,12 +233,13 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void key_gradient_kernel(co
     const int row0 = warp % B::row_groups * 16, column0 = warp / B::row_groups * B::columns;
     float of_k[1][tiles][4], of_v[1][tiles][4];
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-        const int n = chunk_of(step), g = step % group, head = h * group + g;
-        const auto q = q_tile(step), e = e_tile(step), k = k_tile(n), v = v_tile(n);
+    for (int step = -1; step < steps; ++step) {
         device::wait_for_copies();
         __syncthreads();
         if (step + 1 < steps) fetch(step + 1);
+        if (step < 0) continue;
+        const int n = chunk_of(step), g = step % group, head = h * group + g;
+        const auto q = q_tile(step), e = e_tile(step), k = k_tile(n), v = v_tile(n);
         if (call.divides)
             for (int i = thread; i < chunk; i += threads) {
                 const Index at = (span.batch * shape.length + span.row + n * chunk + i) * shape.query_heads + head;
@@ -316,17 +307,8 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void key_gradient_kernel(co
                 }
         __syncthreads();
         if (n > 0) put_adjoint();
-#pragma unroll
-        for (int i = 0; i < 4; i += 2)
-#pragma unroll
-            for (int t = 0; t < tiles; ++t) {
-                const int row = row0 + lane.group + i / 2 * 8, column = column0 + 8 * t + 2 * lane.quad;
-                device::put_pair(k.at(row, column), of_k[0][t][i], of_k[0][t][i + 1]);
-                device::put_pair(v.at(row, column), of_v[0][t][i], of_v[0][t][i + 1]);
-            }
-        __syncthreads();
-        if (dk) k.template copy_out<threads>(device::Rows<T>(dk, span.batch, span.row + n * chunk, h, rows(n), wide_dk), thread);
-        if (dv) v.template copy_out<threads>(device::Rows<T>(dv, span.batch, span.row + n * chunk, h, rows(n), wide_dv), thread);
+        if (dk) take_out<T, dim>(of_k[0], k, row0, column0, device::Rows<T>(dk, span.batch, span.row + n * chunk, h, rows(n), wide_dk), lane_id);
+        if (dv) take_out<T, dim>(of_v[0], v, row0, column0, device::Rows<T>(dv, span.batch, span.row + n * chunk, h, rows(n), wide_dv), lane_id);
     }
 }
 

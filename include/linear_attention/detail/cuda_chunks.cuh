@@ -20,25 +20,26 @@ template <class T>
 struct Form {
     using Element = float;
     static constexpr device::Precision precision = std::is_same_v<T, f16> ? device::Precision::cut : device::Precision::exact;
-    static constexpr int chunk = 32, state_parts = 1;
+    static constexpr int chunk = 32, state_parts = 1, warps = 4;  // of a block for 64 columns
 };
 template <>
 struct Form<bf16> {
     using Element = bf16;
     static constexpr device::Precision precision = device::Precision::bfloat;
-    static constexpr int chunk = 64, state_parts = 2;
+    static constexpr int chunk = 64, state_parts = 2, warps = 4;
 };
 
-/// A block for heads of up to `dim` columns. Of a product with a row for each token, a warp has 16 rows and a group of columns; of a state, 16
-/// rows m and every column.
+/// A block for heads of up to `dim` columns. A warp has 16 rows and a group of columns, of a product with a row for each token as of a state.
 template <class T, int dim>
 struct Block {
     using E = typename Form<T>::Element;
     static constexpr device::Precision precision = Form<T>::precision;
-    static constexpr int chunk = Form<T>::chunk, parts = Form<T>::state_parts, warps = dim / 16, threads = 32 * warps;
+    static constexpr int chunk = Form<T>::chunk, parts = Form<T>::state_parts, warps = dim == 64 ? Form<T>::warps : 8, threads = 32 * warps;
     static constexpr int row_groups = chunk / 16, column_groups = warps / row_groups, columns = dim / column_groups;
+    static constexpr int state_rows = dim / 16, state_columns = dim / (warps / state_rows);
     using Tile = device::Swizzled<E, chunk, dim>;
     using Matrix = device::Swizzled<E, dim, dim>;
+    static constexpr int blocks = dim == 64 ? 2 : 1;  // a multiprocessor
     /// A record of a state: S, row by row, then z.
     static constexpr int record = dim * dim + dim;
     /// With two stages of as many tiles, and as many floats.
@@ -115,25 +116,28 @@ struct Span {
     }
 };
 
-/// A head's share of a state, in registers: rows 16 warp + group (c[0], c[1]) and 8 more (c[2], c[3]), columns 8 t + 2 quad + {0, 1}. z, of the
-/// same rows, in every lane.
-template <int dim>
+/// A warp's share of a state, in registers, as products leave it; z, of the same rows, in every lane.
+template <class T, int dim>
 struct StateRows {
-    float s[dim / 8][4], z[2];
+    using B = Block<T, dim>;
+    static constexpr int tiles = B::state_columns / 8;
+    float s[tiles][4], z[2];
 
     __device__ void clear() {
         device::clear(s);
         z[0] = z[1] = 0.0f;
     }
-    __device__ static int row(int e) { return static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4 + e / 2 * 8; }
-    __device__ static int column(int t) { return 8 * t + static_cast<int>(threadIdx.x) % 4 * 2; }
+    __device__ static int first_row() { return static_cast<int>(threadIdx.x) / 32 % B::state_rows * 16; }
+    __device__ static int first_column() { return static_cast<int>(threadIdx.x) / 32 / B::state_rows * B::state_columns; }
+    __device__ static int row(int e) { return first_row() + static_cast<int>(threadIdx.x) % 32 / 4 + e / 2 * 8; }
+    __device__ static int column(int t) { return first_column() + 8 * t + static_cast<int>(threadIdx.x) % 4 * 2; }
 
     /// From a record and to one.
     __device__ void load(const float* record) {
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
 #pragma unroll
-            for (int t = 0; t < dim / 8; ++t) {
+            for (int t = 0; t < tiles; ++t) {
                 const float2 pair = *reinterpret_cast<const float2*>(record + row(e) * dim + column(t));
                 s[t][e] = pair.x;
                 s[t][e + 1] = pair.y;
@@ -145,61 +149,57 @@ struct StateRows {
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
 #pragma unroll
-            for (int t = 0; t < dim / 8; ++t) *reinterpret_cast<float2*>(record + row(e) * dim + column(t)) = {s[t][e], s[t][e + 1]};
+            for (int t = 0; t < tiles; ++t) *reinterpret_cast<float2*>(record + row(e) * dim + column(t)) = {s[t][e], s[t][e + 1]};
             if (column(0) == 0) record[dim * dim + row(e)] = z[e / 2];
         }
     }
-    /// From tensors and to them, null ones being zeros.
-    __device__ void load(const View<const float, 4>& S, const View<const float, 3>& Z, Index n, Index h) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int m = row(e);
-#pragma unroll
-            for (int t = 0; t < dim / 8; ++t) {
-                const int c = column(t) + e % 2;
-                s[t][e] = S && m < S.extent[2] && c < S.extent[3] ? S(n, h, m, c) : 0.0f;
-            }
-            z[e / 2] = Z && m < Z.extent[2] ? Z(n, h, m) : 0.0f;
-        }
-    }
-    __device__ void store(const View<float, 4>& S, const View<float, 3>& Z, Index n, Index h) const {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int m = row(e);
-#pragma unroll
-            for (int t = 0; t < dim / 8; ++t) {
-                const int c = column(t) + e % 2;
-                if (S && m < S.extent[2] && c < S.extent[3]) S(n, h, m, c) = s[t][e];
-            }
-            if (Z && e % 2 == 0 && column(0) == 0 && m < Z.extent[2]) Z(n, h, m) = z[e / 2];
-        }
-    }
 };
+
+/// A record in shared memory of tensors, null ones being zeros, and the way back.
+template <class T, int dim>
+__device__ void fill_record(float* record, const View<const float, 4>& S, const View<const float, 3>& Z, Index n, Index h, int thread) {
+#pragma unroll 1
+    for (int i = thread; i < dim * dim; i += Block<T, dim>::threads) {
+        const int m = i / dim, c = i % dim;
+        record[i] = S && m < S.extent[2] && c < S.extent[3] ? S(n, h, m, c) : 0.0f;
+    }
+#pragma unroll 1
+    for (int m = thread; m < dim; m += Block<T, dim>::threads) record[dim * dim + m] = Z && m < Z.extent[2] ? Z(n, h, m) : 0.0f;
+}
+template <class T, int dim>
+__device__ void take_record(const float* record, const View<float, 4>& S, const View<float, 3>& Z, Index n, Index h, int thread) {
+#pragma unroll 1
+    for (int i = thread; S && i < dim * dim; i += Block<T, dim>::threads) {
+        const int m = i / dim, c = i % dim;
+        if (m < S.extent[2] && c < S.extent[3]) S(n, h, m, c) = record[i];
+    }
+#pragma unroll 1
+    for (int m = thread; Z && m < Z.extent[2]; m += Block<T, dim>::threads) Z(n, h, m) = record[dim * dim + m];
+}
 
 /// Rows of a transposed matrix in shared memory as a left factor: columns `row` .. of it.
 template <class E, int rows, int columns>
 struct Transposed16 {
     device::SwizzledLoader<E, rows, device::panel_columns<E, columns>, device::Read::transposed, true> loader;
-    int row;
-    __device__ Transposed16(const device::Swizzled<E, rows, columns>& a, int row_, int lane) : loader(device::rows_of(a.transposed(), 0, 0, lane)), row(row_) {}
+    __device__ Transposed16(const device::Swizzled<E, rows, columns>& a, int row, int lane) : loader(device::rows_of(a.transposed(), row, 0, lane)) {}
     template <device::Precision precision>
     __device__ void load(device::Factors<float, precision, 2>& f, int i, int k) const {
-        loader.load(f, row + 16 * i, k);
+        loader.load(f, 16 * i, k);
     }
 };
 
 /// S += X^T Y and z += X^T weight over the tokens of a chunk; weights are ones where null, and not asked for without `sums`.
 template <class T, int dim>
-__device__ void add_outer(StateRows<dim>& state, const typename Block<T, dim>::Tile& x, const typename Block<T, dim>::Tile& y, bool sums, const float* weight, int lane) {
+__device__ void add_outer(StateRows<T, dim>& state, const typename Block<T, dim>::Tile& x, const typename Block<T, dim>::Tile& y, bool sums, const float* weight, int lane) {
     using B = Block<T, dim>;
-    constexpr int chunk = B::chunk, part = dim / 8 < 8 ? dim / 8 : 8;
-    const Transposed16<typename B::E, chunk, dim> rows(x, 16 * (static_cast<int>(threadIdx.x) / 32), lane);
+    constexpr int chunk = B::chunk, tiles = B::state_columns / 8, part = tiles < 8 ? tiles : 8;
+    const Transposed16<typename B::E, chunk, dim> rows(x, state.first_row(), lane);
 #pragma unroll
-    for (int t0 = 0; t0 < dim / 8; t0 += part) {
+    for (int t0 = 0; t0 < tiles; t0 += part) {
         // What tensor cores add to is cut with every product: a long sum is rounded here instead.
         float sum[1][part][4];
         device::clear(sum);
-        device::multiply_rows<B::precision, chunk>(sum, rows, y.transposed(), 8 * t0, 0, lane);
+        device::multiply_rows<B::precision, chunk>(sum, rows, y.transposed(), state.first_column() + 8 * t0, 0, lane);
 #pragma unroll
         for (int t = 0; t < part; ++t)
 #pragma unroll
@@ -219,7 +219,10 @@ __device__ void add_outer(StateRows<dim>& state, const typename Block<T, dim>::T
         for (int pair = 0; pair < device::k_pairs<B::precision>; ++pair) {
             const int token = k + 8 * pair + lane % 4 * 2;
             float w0 = weight ? weight[token] : 1.0f, w1 = weight ? weight[token + 1] : 1.0f;
-            if (lane / 4 == 1) {
+            if (lane / 4 == 0) {
+                w0 = rounding<T>(w0);
+                w1 = rounding<T>(w1);
+            } else if (lane / 4 == 1) {
                 w0 -= rounding<T>(w0);
                 w1 -= rounding<T>(w1);
             }
@@ -241,11 +244,11 @@ struct StateMatrix {
     static constexpr device::Precision precision = B::precision == device::Precision::cut ? device::Precision::exact : B::precision;
     typename B::E* data;
     __device__ typename B::Matrix part(int i) const { return {data + i * B::Matrix::size}; }
-    __device__ void put(const StateRows<dim>& state) const {
+    __device__ void put(const StateRows<T, dim>& state) const {
 #pragma unroll
         for (int e = 0; e < 4; e += 2)
 #pragma unroll
-            for (int t = 0; t < dim / 8; ++t) {
+            for (int t = 0; t < state.tiles; ++t) {
                 const float x = state.s[t][e], y = state.s[t][e + 1];
                 device::put_pair(part(0).at(state.row(e), state.column(t)), x, y);
                 if constexpr (B::parts == 2) device::put_pair(part(1).at(state.row(e), state.column(t)), x - rounding<T>(x), y - rounding<T>(y));
@@ -264,41 +267,56 @@ struct StateMatrix {
     }
 };
 
+/// Elements of a tile, 16 bytes at a time: f(element, row, column).
+template <class T, int dim, class F>
+__device__ void each_element(const typename Block<T, dim>::Tile& x, int thread, F&& f) {
+    using B = Block<T, dim>;
+    using E = typename B::E;
+    constexpr int V = device::chunk_columns<E>;
+    struct alignas(16) Chunk {
+        device::Pair<E> pair[V / 2];
+    };
+    static_assert(B::Tile::size / V % B::threads == 0);
+#pragma unroll
+    for (int i = 0; i < B::Tile::size / V / B::threads; ++i) {
+        const int unit = thread + i * B::threads, row = unit / (dim / V), column = unit % (dim / V) * V;
+        auto& at = *reinterpret_cast<Chunk*>(x.at(row, column));
+        Chunk chunk = at;
+#pragma unroll
+        for (int k = 0; k < V / 2; ++k) {
+            float2 y;
+            device::unpack<E>(chunk.pair[k], y.x, y.y);
+            chunk.pair[k] = device::pack<E>(device::rounded<B::precision>(f(y.x, row, column + 2 * k)), device::rounded<B::precision>(f(y.y, row, column + 2 * k + 1)));
+        }
+        at = chunk;
+    }
+}
+
 /// phi of the first `count` rows and `width` columns, in place (eq. 1); what is behind them stays zero.
 template <class T, int dim>
 __device__ void map_features(const typename Block<T, dim>::Tile& x, int count, Index width, int thread) {
-    using B = Block<T, dim>;
-    constexpr int V = device::chunk_columns<typename B::E>;
-#pragma unroll 2
-    for (int unit = thread; unit < B::Tile::size / V; unit += B::threads) {
-        const int row = unit / (dim / V), column = unit % (dim / V) * V;
-        if (row >= count || column >= width) continue;
-#pragma unroll
-        for (int e = 0; e < V; e += 2) {
-            auto* const at = x.at(row, column + e);
-            const float2 pair = device::get_pair(at);
-            const auto phi = [&](float y, int c) { return c < width ? device::rounded<B::precision>(feature_of(y)) : 0.0f; };
-            device::put_pair(at, phi(pair.x, column + e), phi(pair.y, column + e + 1));
-        }
-    }
+    if (count == Block<T, dim>::chunk && width == dim)
+        each_element<T, dim>(x, thread, [](float y, int, int) { return feature_of(y); });
+    else
+        each_element<T, dim>(x, thread, [&](float y, int row, int column) { return row < count && column < width ? feature_of(y) : 0.0f; });
 }
 
 /// Rows times a number each, in place.
 template <class T, int dim>
 __device__ void scale_rows(const typename Block<T, dim>::Tile& x, const float* by, int thread) {
+    each_element<T, dim>(x, thread, [&](float y, int row, int) { return y * by[row]; });
+}
+
+/// Takes a warp's 16 rows and group of columns of a product to a tensor, by way of its own share of a tile that nobody reads any more.
+template <class T, int dim>
+__device__ void take_out(const float (&c)[Block<T, dim>::columns / 8][4], const typename Block<T, dim>::Tile& x, int row0, int column0, const device::Rows<T>& to, int lane) {
     using B = Block<T, dim>;
-    constexpr int V = device::chunk_columns<typename B::E>;
-#pragma unroll 2
-    for (int unit = thread; unit < B::Tile::size / V; unit += B::threads) {
-        const int row = unit / (dim / V), column = unit % (dim / V) * V;
-        const float factor = by[row];
 #pragma unroll
-        for (int e = 0; e < V; e += 2) {
-            auto* const at = x.at(row, column + e);
-            const float2 pair = device::get_pair(at);
-            device::put_pair(at, device::rounded<B::precision>(pair.x * factor), device::rounded<B::precision>(pair.y * factor));
-        }
-    }
+    for (int e = 0; e < 4; e += 2)
+#pragma unroll
+        for (int t = 0; t < B::columns / 8; ++t) device::put_pair(x.at(row0 + lane / 4 + e / 2 * 8, column0 + 8 * t + lane % 4 * 2), c[t][e], c[t][e + 1]);
+    __syncwarp();
+    x.template copy_part_out<16, B::columns>(to, row0, column0, lane);
 }
 
 /// Running sums over the spans of each sequence and head: of record i comes what is before it (or, backwards, behind it), beginning with S and Z

@@ -19,7 +19,7 @@ inline namespace INTERSTATE_KERNELS {
 
 /// What a span adds to S and z. The last one of a sequence adds to nothing.
 template <class T, int dim>
-__global__ __launch_bounds__(Block<T, dim>::threads) void sum_kernel(const __grid_constant__ Call<T> call, int size, float* records) {
+__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void sum_kernel(const __grid_constant__ Call<T> call, int size, float* records) {
     using B = Block<T, dim>;
     extern __shared__ __align__(128) unsigned char memory[];
     const Index slot = blockIdx.x / call.shape.kv_heads;
@@ -34,14 +34,15 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void sum_kernel(const __gri
         tile(n % 2 * 2).template copy_in<B::threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
         tile(n % 2 * 2 + 1).template copy_in<B::threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
     };
-    StateRows<dim> state;
+    StateRows<T, dim> state;
     state.clear();
-    fetch(0);
+    // One turn ahead, so that the code of a fetch is there once.
 #pragma unroll 1
-    for (int n = 0; n < chunks; ++n) {
+    for (int n = -1; n < chunks; ++n) {
         device::wait_for_copies();
         __syncthreads();
         if (n + 1 < chunks) fetch(n + 1);
+        if (n < 0) continue;
         if (call.elu1) {
             map_features<T, dim>(tile(n % 2 * 2), rows(n), call.shape.head_dim, thread);
             __syncthreads();
@@ -54,7 +55,7 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void sum_kernel(const __gri
 /// The rows of a span, chunk by chunk, and the queries of a key/value head, head by head. `entry`: the states that enter the spans; null: those of
 /// the call. `kept` has no records where backward will not follow.
 template <class T, int dim>
-__global__ __launch_bounds__(Block<T, dim>::threads) void forward_kernel(const __grid_constant__ Call<T> call, int size, const float* entry,
+__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void forward_kernel(const __grid_constant__ Call<T> call, int size, const float* entry,
                                                                          const __grid_constant__ Outputs<T> out, bool wide_o, float* kept_records, float* kept_weights) {
     using B = Block<T, dim>;
     constexpr int chunk = B::chunk, threads = B::threads, keys = 32, tiles = B::columns / 8;
@@ -83,16 +84,19 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void forward_kernel(const _
         k_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
         v_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
     };
-    if (steps > 0) fetch(0);
-
-    StateRows<dim> state;
-    if (entry)
-        state.load(entry + (slot * shape.kv_heads + h) * B::record);
-    else
-        state.load(call.in.s0, call.in.z0, span.sequence, h);
+    StateRows<T, dim> state;
+    // A record of the call's states has room where tiles will be.
+    auto* const own = reinterpret_cast<float*>(memory);
+    static_assert(sizeof(float) * B::record <= sizeof(typename B::E) * 6 * B::Tile::size);
+    const bool enters = entry && span.count > 0;
+    if (!enters) {
+        fill_record<T, dim>(own, call.in.s0, call.in.z0, span.sequence, h, thread);
+        __syncthreads();
+    }
+    state.load(enters ? entry + (slot * shape.kv_heads + h) * B::record : own);
     const auto put_state = [&] {
         matrix.put(state);
-        if (call.divides && lane.quad == 0) {
+        if (call.divides && state.column(0) == 0) {
             z[state.row(0)] = state.z[0];
             z[state.row(2)] = state.z[1];
         }
@@ -101,12 +105,13 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void forward_kernel(const _
 
     const int row0 = warp % B::row_groups * 16, column0 = warp / B::row_groups * B::columns;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-        const int n = step / group, g = step % group;
-        const auto q = q_tile(step), k = k_tile(n), v = v_tile(n);
+    for (int step = -1; step < steps; ++step) {
         device::wait_for_copies();
         __syncthreads();
         if (step + 1 < steps) fetch(step + 1);
+        if (step < 0) continue;
+        const int n = step / group, g = step % group;
+        const auto q = q_tile(step), k = k_tile(n), v = v_tile(n);
         if (kept_records && g == 0 && (n * chunk) % segment == 0) {
             // Spans begin where segments do.
             const Index first = shape.packed() ? device::first_tile(call.in.cu_seqlens, span.sequence, shape.length, segment) : span.sequence * ceil_div(shape.length, segment);
@@ -125,12 +130,13 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void forward_kernel(const _
             float s[1][keys / 8][4];
             device::clear(s);
             device::multiply_rows<B::precision, dim>(s, queries, k.as_stored(), j, 0, lane_id);
+            const bool all_read = j + keys <= row0;
 #pragma unroll
             for (int t = 0; t < keys / 8; ++t)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const bool reads = j + 8 * t + 2 * lane.quad + e % 2 <= row0 + lane.group + e / 2 * 8;
-                    weight[e / 2] += s[0][t][e] = reads ? s[0][t][e] : 0.0f;
+                    if (!all_read && j + 8 * t + 2 * lane.quad + e % 2 > row0 + lane.group + e / 2 * 8) s[0][t][e] = 0.0f;
+                    weight[e / 2] += s[0][t][e];
                     s[0][t][e] = device::rounded<B::precision>(s[0][t][e]);
                 }
             device::multiply_rows<B::precision, keys>(o, device::Rows16<B::precision, 1, keys>(s), v.transposed(), column0, j, lane_id);
@@ -165,14 +171,13 @@ __global__ __launch_bounds__(Block<T, dim>::threads) void forward_kernel(const _
         if (advances) add_outer<T, dim>(state, k, v, call.divides, nullptr, lane_id);
         __syncthreads();
         if (advances) put_state();
-#pragma unroll
-        for (int e = 0; e < 4; e += 2)
-#pragma unroll
-            for (int t = 0; t < tiles; ++t) device::put_pair(q.at(row0 + lane.group + e / 2 * 8, column0 + 8 * t + 2 * lane.quad), o[0][t][e], o[0][t][e + 1]);
-        __syncthreads();
-        q.template copy_out<threads>(device::Rows<T>(out.o, span.batch, span.row + n * chunk, h * group + g, rows(n), wide_o), thread);
+        take_out<T, dim>(o[0], q, row0, column0, device::Rows<T>(out.o, span.batch, span.row + n * chunk, h * group + g, rows(n), wide_o), lane_id);
     }
-    if (span.last) state.store(out.sT, out.zT, span.sequence, h);
+    if (!span.last || !(out.sT || out.zT)) return;
+    __syncthreads();
+    state.store(own);
+    __syncthreads();
+    take_record<T, dim>(own, out.sT, out.zT, span.sequence, h, thread);
 }
 
 }  // namespace INTERSTATE_KERNELS
