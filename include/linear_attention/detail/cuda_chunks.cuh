@@ -250,8 +250,13 @@ struct StateMatrix {
 #pragma unroll
             for (int t = 0; t < state.tiles; ++t) {
                 const float x = state.s[t][e], y = state.s[t][e + 1];
-                device::put_pair(part(0).at(state.row(e), state.column(t)), x, y);
-                if constexpr (B::parts == 2) device::put_pair(part(1).at(state.row(e), state.column(t)), x - rounding<T>(x), y - rounding<T>(y));
+                const device::Pair<typename B::E> kept = device::pack<typename B::E>(x, y);
+                *reinterpret_cast<device::Pair<typename B::E>*>(part(0).at(state.row(e), state.column(t))) = kept;
+                if constexpr (B::parts == 2) {
+                    float2 of;
+                    device::unpack<typename B::E>(kept, of.x, of.y);
+                    device::put_pair(part(1).at(state.row(e), state.column(t)), x - of.x, y - of.y);
+                }
             }
     }
     /// c += rows of a times S (over m), columns n .. of it, or times S^T (over c), columns n .. of that.
