@@ -18,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # Sections of benchmarks/peers/torch_gpu.py that stand beside our kernels.
 peers=(attention sisa s4d s4d_sweep interdomain)
 # Operators with a cuda executor, whose golden cases are replayed on it.
-golden=(attention interdomain linear_attention s4d sd_decomposition sisa)
+golden=(attention interdomain linear_attention s4d sd_attention sd_decomposition sisa)
 
 build() {
     local dir=$1 names programs

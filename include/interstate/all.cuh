@@ -12,6 +12,7 @@
 #include <linear_attention/linear_attention.cuh>
 #include <random_features/random_features.cuh>
 #include <s4d/s4d.cuh>
+#include <sd_attention/sd_attention.cuh>
 #include <sd_decomposition/sd_decomposition.cuh>
 #include <sisa/prelude.cuh>
 #include <sisa/sisa.cuh>

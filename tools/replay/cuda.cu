@@ -5,6 +5,7 @@
 #include <interstate/verify.cuh>
 #include <random_features/random_features.cuh>
 #include <s4d/s4d.cuh>
+#include <sd_attention/sd_attention.cuh>
 #include <sd_decomposition/sd_decomposition.cuh>
 #include <sisa/sisa.cuh>
 
@@ -21,6 +22,7 @@ constexpr Entry<cuda> cuda_operators[] = {
     run_operator<interdomain::Operator, cuda>(),
     run_operator<random_features::Operator, cuda>(),
     run_operator<s4d::Operator, cuda>(),
+    run_operator<sd_attention::Operator, cuda>(),
     run_head_operator<sd_decomposition::Operator, cuda>(),
     run_operator<sisa::Operator, cuda>(),
 };
