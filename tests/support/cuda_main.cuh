@@ -38,6 +38,7 @@ std::uint32_t flags_after(Checks& checks, const char* what, Run&& run) {
 
 /// Exit codes: 0 passed, 1 failed, 77 skipped because no CUDA device can be used.
 inline int cuda_main(int argc, char** argv, const char* name, void (*run)(Checks&, bool quick)) {
+    std::setvbuf(stdout, nullptr, _IOLBF, 0);  // what a test that is cut off has found is still seen
     const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
     int devices = 0;
     const cudaError_t found = cudaGetDeviceCount(&devices);
