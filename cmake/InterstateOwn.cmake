@@ -4,6 +4,8 @@ option(INTERSTATE_WERROR "Warnings are errors in Interstate's own tests, tools, 
        ${PROJECT_IS_TOP_LEVEL})
 set(INTERSTATE_CUDA_ARCHITECTURES "80;90a" CACHE STRING "CUDA architectures of Interstate's own programs")
 
+set(INTERSTATE_BENCHMARK_OPTIONS "" CACHE STRING "More compiler options of Interstate's own CPU benchmarks")
+
 # Where nothing can run on a GPU, CUDA code is built to see that it builds; optimising it is most of the time that takes.
 option(INTERSTATE_CUDA_QUICK "Compile Interstate's own CUDA programs fast rather than into fast code" OFF)
 if(INTERSTATE_CUDA_QUICK AND INTERSTATE_HAVE_CUDA)
