@@ -238,16 +238,22 @@ struct DotRows {
             const U* x = a + r * a_row;
             const T* y = b + r * b_row;
             V sum = simd::broadcast<V>(A(0));
-            for (Index d = 0; d < whole; d += lanes)
-                sum = simd::fma(simd::load_as<V>(x + d), simd::load_as<V>(y + d), sum);
-            // In the same lanes, so that strides do not change the sum.
-            for (Index d = whole; d < dim; d += lanes) {
-                A left[lanes] = {}, right[lanes] = {};
-                for (Index i = 0; i < lanes && d + i < dim; ++i) {
-                    left[i] = static_cast<A>(x[(d + i) * a_step]);
-                    right[i] = static_cast<A>(y[(d + i) * b_step]);
+            // In the same lanes and by one statement, which the compiler fuses or does not, so that strides do not change the sum.
+            for (Index d = 0; d < dim; d += lanes) {
+                V left, right;
+                if (d < whole) {
+                    left = simd::load_as<V>(x + d);
+                    right = simd::load_as<V>(y + d);
+                } else {
+                    A some[2][lanes] = {};
+                    for (Index i = 0; i < lanes && d + i < dim; ++i) {
+                        some[0][i] = static_cast<A>(x[(d + i) * a_step]);
+                        some[1][i] = static_cast<A>(y[(d + i) * b_step]);
+                    }
+                    left = simd::load<V>(some[0]);
+                    right = simd::load<V>(some[1]);
                 }
-                sum = simd::fma(simd::load<V>(left), simd::load<V>(right), sum);
+                sum = simd::fma(left, right, sum);
             }
             out[r] = (add ? out[r] : A(0)) + simd::reduce_add(sum);
         }
