@@ -5,16 +5,20 @@ option(INTERSTATE_WERROR "Warnings are errors in Interstate's own tests, tools, 
 set(INTERSTATE_CUDA_ARCHITECTURES "80;90a" CACHE STRING "CUDA architectures of Interstate's own programs")
 
 set(INTERSTATE_BENCHMARK_OPTIONS "" CACHE STRING "More compiler options of Interstate's own CPU benchmarks")
+set(INTERSTATE_REPLAY_OPTIONS "" CACHE STRING "More compiler options of the tool replay")
 
-# Where nothing can run on a GPU, CUDA code is built to see that it builds; optimising it is most of the time that takes.
+# Where nothing can run on a GPU, CUDA code is built to see that it builds; optimising it is most of the time that takes,
+# and machine code is made of one architecture alone.
 option(INTERSTATE_CUDA_QUICK "Compile Interstate's own CUDA programs fast rather than into fast code" OFF)
 if(INTERSTATE_CUDA_QUICK AND INTERSTATE_HAVE_CUDA)
     include(CheckCompilerFlag)
     string(TOUPPER "CMAKE_CUDA_FLAGS_${CMAKE_BUILD_TYPE}" interstate_cuda_flags)
     set(${interstate_cuda_flags} "-O0")  # host code; an -O of another list of options would come before the one here
     check_compiler_flag(CUDA -Ofc=max INTERSTATE_NVCC_OFC)  # since CUDA 12.9
+    set(interstate_cuda_architectures 80-virtual 90a-real)
 else()
     unset(INTERSTATE_NVCC_OFC CACHE)
+    set(interstate_cuda_architectures ${INTERSTATE_CUDA_ARCHITECTURES})
 endif()
 
 add_library(interstate_own INTERFACE)
@@ -33,7 +37,7 @@ endif()
 function(interstate_own_cuda target)
     target_link_libraries(${target} PRIVATE interstate_own interstate::cuda)
     target_compile_options(${target} PRIVATE $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${INTERSTATE_NVCC_OFC}>>:-Ofc=max>)
-    set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${INTERSTATE_CUDA_ARCHITECTURES}"
+    set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${interstate_cuda_architectures}"
                                                CUDA_RUNTIME_LIBRARY Static)
 endfunction()
 

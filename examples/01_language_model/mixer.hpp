@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstddef>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,6 +15,8 @@
 #include "layers.hpp"
 
 namespace demo {
+
+using interstate::view;
 
 /// Sizes that every mixer is built from.
 struct MixerConfig {
@@ -58,12 +59,15 @@ class Mixer {
     virtual std::size_t decode_state_bytes(Index position) const = 0;
 };
 
-/// One line of the registry in mixers/all.hpp.
+/// Every mixer's file defines one.
+using MakeMixer = std::unique_ptr<Mixer>(const std::string& name, const MixerConfig&, Random&);
+
+/// One line of the registry in mixers/registry.cpp.
 struct MixerEntry {
     std::string name;
     std::string description;
     bool by_default;  // part of a run without --mixer and --all
-    std::function<std::unique_ptr<Mixer>(const std::string& name, const MixerConfig&, Random&)> make;
+    MakeMixer* make;
     std::string linear_form{};  // the mixer that has the same parameters and no softmax, if there is one
 };
 

@@ -18,7 +18,7 @@
 
 #include <interstate/cpu/parallel.hpp>
 
-#include "mixers/all.hpp"
+#include "mixers/registry.hpp"
 #include "model.hpp"
 #include "optimizer.hpp"
 #include "report.hpp"

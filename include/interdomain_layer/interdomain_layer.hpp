@@ -2,7 +2,7 @@
 // ablation. Source: arXiv 2605.24330; docs/ops/interdomain_layer.md.
 //
 // It is a description and calls nothing: the projections between the operators are matrix products that belong to the user's
-// framework. Cell::full without the gate is composed, with backward and step, in examples/01_language_model/mixers/interdomain.hpp,
+// framework. Cell::full without the gate is composed, with backward and step, in examples/01_language_model/mixers/interdomain.cpp,
 // Cell::s4d_only in s4d_only.hpp beside it; the gate and the other cells have no example. A folder of its own, because it
 // looks at operators that must not look at each other.
 #pragma once

@@ -287,19 +287,19 @@ TEST(LinearForm, TakesThePlaceOfTheFirstLayerAlone) {
 TEST(SisaMixer, GradientMatchesFiniteDifferences) {
     const Batch batch{.sequences = 2, .length = 40};
     Random random(5);
-    SisaMixer mixer("sisa", {.width = 32, .heads = 2}, random);
+    const auto mixer = mixer_named("sisa").make("sisa", {.width = 32, .heads = 2}, random);
     Parameters parameters;
-    mixer.collect(parameters);
+    mixer->collect(parameters);
     for (Parameter* p : parameters) p->fill_normal(random, p->value.rows() == 1 ? 0.5 : 0.2);
     Matrix x(batch.rows(), 32), dy = x, y, dx;
     for (Matrix* m : {&x, &dy})
         for (Index i = 0; i < m->size(); ++i) m->data()[i] = static_cast<float>(random.normal());
     const auto loss = [&] {
-        mixer.forward(x, batch, true, y);
+        mixer->forward(x, batch, true, y);
         return y.cast<double>().cwiseProduct(dy.cast<double>()).sum();
     };
     loss();
-    mixer.backward(dy, dx);
+    mixer->backward(dy, dx);
 
     const auto compare = [&](const std::string& name, Matrix& value, const Matrix& gradient) {
         const Matrix before = value;

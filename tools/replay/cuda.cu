@@ -3,6 +3,7 @@
 #include <gate/gate.cuh>
 #include <interdomain/interdomain.cuh>
 #include <interstate/verify.cuh>
+#include <linear_attention/linear_attention.cuh>
 #include <random_features/random_features.cuh>
 #include <s4d/s4d.cuh>
 #include <sd_attention/sd_attention.cuh>
@@ -20,6 +21,7 @@ constexpr Entry<cuda> cuda_operators[] = {
     run_operator<feature_map::Operator, cuda>(),
     run_operator<gate::Operator, cuda>(),
     run_operator<interdomain::Operator, cuda>(),
+    run_operator<linear_attention::Operator, cuda>(),
     run_operator<random_features::Operator, cuda>(),
     run_operator<s4d::Operator, cuda>(),
     run_operator<sd_attention::Operator, cuda>(),

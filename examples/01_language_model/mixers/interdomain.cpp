@@ -5,30 +5,17 @@
 //     o = Interdomain Attention(q, k, v)      out = o W_out
 //
 // Decoding keeps `modes` complex numbers for each channel of k and v, however long the text.
-#pragma once
-
 #include <feature_map/feature_map.hpp>
 #include <interdomain/interdomain.hpp>
-#include <interdomain_layer/interdomain_layer.hpp>
 
 #include "../mixer.hpp"
+#include "interdomain_layer.hpp"
 
 namespace demo {
+namespace {
 
 namespace feature_map = interstate::feature_map;
 namespace interdomain = interstate::interdomain;
-namespace interdomain_layer = interstate::interdomain_layer;
-using interstate::view;
-
-/// A head as wide as its share of the residual stream, for queries, keys and values alike.
-inline interdomain_layer::Config layer_of(interdomain_layer::Cell cell, const MixerConfig& config) {
-    return {.cell = cell,
-            .query_heads = config.heads,
-            .kv_heads = config.heads,
-            .features = config.width / config.heads,
-            .value_dim = config.width / config.heads,
-            .modes = config.modes};
-}
 
 /// One call of feature_map with its parameters: a convolution along time over the last few positions,
 /// rotary positions, SiLU and norms, as far as its options say.
@@ -304,5 +291,11 @@ class InterdomainMixer final : public Mixer {
     std::int32_t position_ = 0;
     Row row_, mapped_row_, mixed_row_;
 };
+
+}  // namespace
+
+std::unique_ptr<Mixer> make_interdomain(const std::string& name, const MixerConfig& config, Random& random) {
+    return std::make_unique<InterdomainMixer>(name, config, random);
+}
 
 }  // namespace demo

@@ -5,14 +5,13 @@
 //
 // `sd` is its softmax form, which decodes with a cache that grows; `sd_linear` its linear form (ELU + 1), which decodes from a
 // state that does not. Both have the same parameters, so that the one can be put in the place of the other.
-#pragma once
-
 #include <sd_attention/sd_attention.hpp>
 
 #include "../mixer.hpp"
-#include "softmax.hpp"
+#include "rope.hpp"
 
 namespace demo {
+namespace {
 
 namespace sd_attention = interstate::sd_attention;
 
@@ -169,5 +168,15 @@ class SdMixer final : public Mixer {
     Index length_ = 0;
     Row row_, mixed_row_;
 };
+
+}  // namespace
+
+std::unique_ptr<Mixer> make_sd(const std::string& name, const MixerConfig& config, Random& random) {
+    return std::make_unique<SdMixer<sd_attention::Normalizer::softmax>>(name, config, random);
+}
+
+std::unique_ptr<Mixer> make_sd_linear(const std::string& name, const MixerConfig& config, Random& random) {
+    return std::make_unique<SdMixer<sd_attention::Normalizer::elu1>>(name, config, random);
+}
 
 }  // namespace demo

@@ -6,15 +6,15 @@
 //
 // Decoding keeps the key, the value and what else a query asks for of every position: as with attention, its
 // state grows with the text.
-#pragma once
-
 #include <sisa/init.hpp>
 #include <sisa/prelude.hpp>
 #include <sisa/sisa.hpp>
 
-#include "softmax.hpp"
+#include "../mixer.hpp"
+#include "rope.hpp"
 
 namespace demo {
+namespace {
 
 namespace sisa = interstate::sisa;
 
@@ -237,5 +237,11 @@ class SisaMixer final : public Mixer {
     Index length_ = 0;
     Row row_, mixed_row_;
 };
+
+}  // namespace
+
+std::unique_ptr<Mixer> make_sisa(const std::string& name, const MixerConfig& config, Random& random) {
+    return std::make_unique<SisaMixer>(name, config, random);
+}
 
 }  // namespace demo

@@ -3,14 +3,13 @@
 //     [q, k, v] = x W_in        o = linear attention(rope(q), rope(k), v)        out = o W_out
 //
 // It has the parameters of `softmax`, so that it can be put in its place, but decodes from a state that does not grow.
-#pragma once
-
 #include <linear_attention/linear_attention.hpp>
 
 #include "../mixer.hpp"
-#include "softmax.hpp"
+#include "rope.hpp"
 
 namespace demo {
+namespace {
 
 namespace linear_attention = interstate::linear_attention;
 
@@ -116,5 +115,11 @@ class LinearMixer final : public Mixer {
     Index length_ = 0;
     Row row_, mixed_row_;
 };
+
+}  // namespace
+
+std::unique_ptr<Mixer> make_linear(const std::string& name, const MixerConfig& config, Random& random) {
+    return std::make_unique<LinearMixer>(name, config, random);
+}
 
 }  // namespace demo

@@ -1,4 +1,4 @@
-// What is left of Interdomain Attention (interdomain.hpp) without keys, values and queries: the same
+// What is left of Interdomain Attention (interdomain.cpp) without keys, values and queries: the same
 // recurrence is driven by plain projections, and read by a learned contraction that is the same at every
 // position. That is a state space layer, S4D, and no more; it shows what the other parts are worth.
 //
@@ -6,14 +6,16 @@
 //
 // The state has the size of Interdomain Attention's, and so have the projections: z and y are as wide as
 // keys and values together. The channels of a head share their modes, as there.
-#pragma once
-
+#include <interdomain/init.hpp>
 #include <s4d/s4d.hpp>
 
-#include "interdomain.hpp"
+#include "../mixer.hpp"
+#include "interdomain_layer.hpp"
 
 namespace demo {
+namespace {
 
+namespace interdomain = interstate::interdomain;
 namespace s4d = interstate::s4d;
 
 class S4dOnlyMixer final : public Mixer {
@@ -167,5 +169,11 @@ class S4dOnlyMixer final : public Mixer {
     std::vector<Complex> state_;
     Row row_, mixed_row_;
 };
+
+}  // namespace
+
+std::unique_ptr<Mixer> make_s4d_only(const std::string& name, const MixerConfig& config, Random& random) {
+    return std::make_unique<S4dOnlyMixer>(name, config, random);
+}
 
 }  // namespace demo

@@ -4,17 +4,15 @@
 //     [u, g] = x W_in        y = S4D(u)        out = (y * silu(g)) W_out
 //
 // Decoding keeps `modes` complex numbers a channel, however long the text.
-#pragma once
-
 #include <s4d/init.hpp>
 #include <s4d/s4d.hpp>
 
 #include "../mixer.hpp"
 
 namespace demo {
+namespace {
 
 namespace s4d = interstate::s4d;
-using interstate::view;
 
 class S4dMixer final : public Mixer {
   public:
@@ -159,5 +157,11 @@ class S4dMixer final : public Mixer {
     std::vector<interstate::complex<float>> state_;
     Row row_, mixed_row_;
 };
+
+}  // namespace
+
+std::unique_ptr<Mixer> make_s4d(const std::string& name, const MixerConfig& config, Random& random) {
+    return std::make_unique<S4dMixer>(name, config, random);
+}
 
 }  // namespace demo
