@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <string_view>
 
 #include <interstate/executor.hpp>
@@ -234,6 +235,12 @@ Status validate(const Options& options, const State<acc_t<T>>& state, const Toke
 /// phi(x) and its derivative (eq. 1).
 INTERSTATE_HD inline double feature(FeatureMap map, double x) { return map == FeatureMap::identity ? x : x > 0.0 ? x + 1.0 : std::exp(x); }
 INTERSTATE_HD inline double feature_slope(FeatureMap map, double x) { return map == FeatureMap::identity || x > 0.0 ? 1.0 : std::exp(x); }
+
+/// 1 / w of eq. 5 to 9, and 0 where w is 0 or so small that this may be no number.
+template <class A>
+INTERSTATE_HD A inverse_weight(A w) {
+    return std::abs(w) < std::numeric_limits<A>::min() ? A(0) : A(1) / w;
+}
 
 /// How verify, replay and the golden cases reach the operator. There are no parameters beside the storage dtype, so P is not used.
 struct Operator {

@@ -58,7 +58,7 @@ void add_product(const Shape& s, const double* a, B&& b, double weight, const Re
         at.z[r] += weight * a[r];
     }
 }
-/// at.o = s^T phi(q), and what it is multiplied by: 1 over phi(q).z, or 0 where that is 0 (eq. 3 and 4).
+/// at.o = s^T phi(q), and w, what it is divided by (eq. 3 and 4).
 inline double read_state(const Options& options, const Shape& s, const ReferenceScratch& at) {
     for (Index c = 0; c < s.value_dim; ++c) {
         at.o[c] = 0.0;
@@ -67,8 +67,10 @@ inline double read_state(const Options& options, const Shape& s, const Reference
     if (!options.divides()) return 1.0;
     double weights = 0.0;
     for (Index r = 0; r < s.head_dim; ++r) weights += at.q[r] * at.z[r];
-    return weights == 0.0 ? 0.0 : 1.0 / weights;
+    return weights;
 }
+/// o of that; 0 where w is.
+inline double output(const ReferenceScratch& at, Index c, double weights) { return weights == 0.0 ? 0.0 : at.o[c] / weights; }
 
 }  // namespace detail
 
@@ -105,8 +107,8 @@ Status forward(reference exec, const Options& options, const Inputs<T>& in, cons
                 detail::add_product(s, at.k, [&](Index c) { return static_cast<double>(in.v(b, t, h, c)); }, 1.0, at);  // eq. 2
                 for (Index g = h * s.group(); g < (h + 1) * s.group(); ++g) {
                     detail::map_features(options.feature_map, s.head_dim, [&](Index r) { return in.q(b, t, g, r); }, at.q);
-                    const double over = detail::read_state(options, s, at);
-                    for (Index c = 0; c < s.value_dim; ++c) out.o(b, t, g, c) = static_cast<T>(at.o[c] * over);
+                    const double weights = detail::read_state(options, s, at);
+                    for (Index c = 0; c < s.value_dim; ++c) out.o(b, t, g, c) = static_cast<T>(detail::output(at, c, weights));
                 }
             }
             detail::store_state(s, out.sT, out.zT, i, h, at);
@@ -145,7 +147,7 @@ Status backward(reference exec, const Options& options, const Inputs<T>& in, con
                 for (Index g = h * s.group(); g < (h + 1) * s.group(); ++g) {
                     query(t, g);
                     const Index row = (g - h * s.group()) * s.length + t;
-                    const double over = at.over[row] = detail::read_state(options, s, at);
+                    const double over = at.over[row] = inverse_weight(detail::read_state(options, s, at));
                     double along = 0.0;
                     for (Index c = 0; c < dv; ++c) along += at.o[c] * over * static_cast<double>(upstream.o(b, t, g, c));
                     at.dw[row] = options.divides() ? -along * over : 0.0;  // eq. 5
@@ -199,8 +201,8 @@ Status step(reference exec, const Options& options, const Params&, const State<a
             detail::add_product(s, at.k, [&](Index c) { return static_cast<double>(token.v(b, h, c)); }, 1.0, at);
             for (Index g = h * s.group(); g < (h + 1) * s.group(); ++g) {
                 detail::map_features(options.feature_map, s.head_dim, [&](Index r) { return token.q(b, g, r); }, at.q);
-                const double over = detail::read_state(options, s, at);
-                for (Index c = 0; c < s.value_dim; ++c) out.o(b, g, c) = static_cast<T>(at.o[c] * over);
+                const double weights = detail::read_state(options, s, at);
+                for (Index c = 0; c < s.value_dim; ++c) out.o(b, g, c) = static_cast<T>(detail::output(at, c, weights));
             }
             detail::store_state(s, state.s, state.z, b, h, at);
         }

@@ -57,7 +57,7 @@ struct ProjectionMemory {
     Workspace memory() const { return {inner, inner_bytes}; }
 };
 
-/// A grid has fewer than 2^31 blocks, and 65,536 along y.
+/// A grid has fewer than 2^31 blocks, and fewer than 65,536 along y.
 inline Status check_grid(const Shape& s) {
     if (s.channels > 4096)
         return Status::error(StatusCode::unsupported, "u: channels is %lld, must be at most 4096 on cuda", static_cast<long long>(s.channels));
@@ -134,8 +134,8 @@ struct ProjectionCalls {
                 }
             }));
         if (!sums) return {};
-        const auto heads = static_cast<unsigned>(s.heads), tiles = static_cast<unsigned>(ceil_div(s.channels * s.channels, 256));
-        INTERSTATE_RETURN_IF_ERROR(launch(exec, "sd_attention.cuda dK", sum_parts_kernel<acc_t<T>>, {dim3(heads, tiles), dim3(256)},
+        const auto heads = static_cast<unsigned>(s.heads), tiles = static_cast<unsigned>(ceil_div(s.channels * s.channels, 512));
+        INTERSTATE_RETURN_IF_ERROR(launch(exec, "sd_attention.cuda dK", sum_parts_kernel<acc_t<T>>, {dim3(heads, tiles), dim3(512)},
                                           static_cast<const acc_t<T>*>(memory.sums), s.batch, parts_of_row(s), s.channels, factor_of(options, s), memory.dK));
         return launch(exec, "sd_attention.cuda generator gradient", generator_gradient_kernel<W>, {dim3(heads), dim3(128)}, options, s, in.generator, grads,
                       static_cast<const double*>(memory.dK));

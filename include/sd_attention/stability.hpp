@@ -109,10 +109,12 @@ inline double spectral_abscissa(const SpectrumScratch& w, Index r) {
     for (Index i = 0; i < r; ++i)
         for (Index j = 0; j < r; ++j) w.h[i * r + j] = {i <= j + 1 ? w.K[i * r + j] : 0.0, 0.0};
     const auto at = [&](Index i, Index j) { return magnitude(w.h[i * r + j]); };
+    // Beside its neighbours on the diagonal, or, where those are nothing, beside K, whose largest element is near 1.
+    const auto is_small = [&](Index i) { return at(i, i - 1) <= eps * std::max(at(i, i) + at(i - 1, i - 1), eps); };
     int steps = 0;
     for (Index last = r - 1; last >= 0;) {
         Index first = last;
-        while (first > 0 && at(first, first - 1) > eps * (at(first, first) + at(first - 1, first - 1))) --first;
+        while (first > 0 && !is_small(first)) --first;
         if (first > 0) w.h[first * r + first - 1] = {0.0, 0.0};
         if (first == last) {
             answer = std::max(answer, std::ldexp(w.h[last * r + last].re, exponent));

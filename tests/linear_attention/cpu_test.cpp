@@ -83,6 +83,37 @@ TEST(LinearAttentionCpu, LargeAndVanishingFeatures) {
         for (const double x : values(got, name)) EXPECT_EQ(x, 0.0) << name;
 }
 
+/// Sums of weights whose inverse is no float still divide; their rows have no gradients. Of equal keys o is the mean of the values so far.
+TEST(LinearAttentionCpu, SumsOfWeightsBelowNormalNumbers) {
+    const Index L = 20, n = 4;
+    for (const Options& options : linear_forms()) {
+        if (!options.divides()) continue;
+        const bool elu1 = options.feature_map == FeatureMap::elu1;
+        Case c = make({.length = L, .head_dim = n, .value_dim = n, .states = false}, 18), got;
+        for (const char* name : {"q", "k"})
+            for (double& x : values(c, name)) x = elu1 ? -46.0 : 1e-20;  // w is from 4e-40 to 9e-39
+        ASSERT_TRUE((run_case<Operator, float, float>(cpu{}, options, c, got).ok()));
+        std::vector<float> v(L * n), s(n * n), z(n), y(n);
+        std::vector<double> mean(n);
+        const std::vector<float> x(n, elu1 ? -46.0f : 1e-20f);
+        std::vector<std::byte> memory(1 << 12);
+        for (Index i = 0; i < L * n; ++i) v[i] = float(values(c, "v")[i]);
+        for (Index t = 0; t < L; ++t) {
+            const linear_attention::Token<float> token{view(x.data(), {1, 1, n}), view(x.data(), {1, 1, n}), view<const float>(v.data() + t * n, {1, 1, n})};
+            ASSERT_TRUE(step(cpu{}, options, linear_attention::Params{}, linear_attention::State<float>{view(s.data(), {1, 1, n, n}), view(z.data(), {1, 1, n})}, token,
+                             linear_attention::TokenOut<float>{view(y.data(), {1, 1, n})}, Workspace{memory.data(), memory.size()})
+                            .ok());
+            for (Index i = 0; i < n; ++i) {
+                mean[i] += (v[t * n + i] - mean[i]) / double(t + 1);
+                EXPECT_NEAR(values(got, "out.o")[t * n + i], mean[i], 1e-4) << describe(options) << " " << t;  // such numbers have 18 bits here
+                EXPECT_NEAR(y[i], mean[i], 1e-4) << describe(options) << " " << t;
+            }
+        }
+        for (const char* name : {"grad.q", "grad.k", "grad.v"})
+            for (const double g : values(got, name)) EXPECT_EQ(g, 0.0) << name << " " << describe(options);
+    }
+}
+
 TEST(LinearAttentionCpu, NeitherLaterTokensNorOtherSequencesAreRead) {
     for (const Options& options : linear_forms()) {
         Case c = of_form(options, {.length = 150, .head_dim = 5, .value_dim = 6, .cu_seqlens = {3, 80, 147}}, 19), clean, dirty;

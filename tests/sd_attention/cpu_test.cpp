@@ -101,6 +101,34 @@ TEST(SdAttentionCpu, EmptySizesAreLegal) {
     expect_close<f32, float>({}, make({.length = 7, .cu_seqlens = {3}}, 15), {});
 }
 
+/// Tensors without elements may be null, in every dtype.
+template <class T>
+void expect_null_values_are_legal(const Options& options) {
+    const Index L = 3, r = 2;
+    const std::vector<T> u(L * r, T(0.5f));
+    const std::vector<float> P = {1.0f, 2.0f, 3.0f, 4.0f}, delta(r);
+    std::vector<T> du(L * r, T(7.0f));
+    std::vector<acc_t<T>> lse(L);
+    const View<T, 4> none{nullptr, {1, L, 1, 0}, {0, 0, 0, 1}};
+    const sd_attention::Inputs<T, float> in{.u = view(u.data(), {1, L, 1, r}), .v = none, .generator = {.P = view(P.data(), {1, r, r}), .delta = view(delta.data(), {1, r})}};
+    const sd_attention::Outputs<T> out{.o = none, .lse = options.softmax() ? view(lse.data(), {1, L, 1}) : View<acc_t<T>, 3>{}};
+    std::vector<std::byte> memory(workspace_size(cpu{}, options, shape_of(in), pass::backward));
+    const Workspace ws{memory.data(), memory.size()};
+    Status status = forward(cpu{}, options, in, out, Saved{}, ws);
+    EXPECT_TRUE(status.ok()) << status.message();
+    status = backward(cpu{}, options, in, out, Saved{}, {.o = none}, {.u = view(du.data(), {1, L, 1, r})}, ws);
+    EXPECT_TRUE(status.ok()) << status.message();
+    for (const T x : du) EXPECT_EQ(static_cast<float>(x), 0.0f) << to_string(dtype_of<T>) << " " << describe(options);
+}
+TEST(SdAttentionCpu, NullTensorsWithoutElementsAreLegal) {
+    for (const Options& options : all_sd_options()) {
+        expect_null_values_are_legal<f64>(options);
+        expect_null_values_are_legal<f32>(options);
+        expect_null_values_are_legal<f16>(options);
+        expect_null_values_are_legal<bf16>(options);
+    }
+}
+
 /// Scores of thousands, which softmax would saturate, keep their dtype's rounding; so do generators of any size.
 TEST(SdAttentionCpu, LargeScoresAndExtremeGenerators) {
     const Options identity{.normalizer = Normalizer::identity};
@@ -362,6 +390,12 @@ TEST(SdAttentionStability, KnownSpectra) {
     g.P[1] = 2.0 * 5.0;
     EXPECT_NEAR(g.largest_real_parts({})[0], std::max(-(a + b) / 2.0, -softplus(1.0)), 1e-14);
     EXPECT_TRUE(std::isinf(Generators(1, 0, 0, 1.0, 0.0, 0.0, 32).largest_real_parts({})[0]));
+    g.delta.assign(4, -2000.0);  // D is 0: +-i and +-i small, of a square that is no number
+    for (const double small : {1e-100, 1e-200, 1e-300}) {
+        g.P.assign(16, 0.0), g.P[1] = 2.0, g.P[11] = 2.0 * small;
+        EXPECT_NEAR(g.largest_real_parts({})[0], 0.0, 1e-14) << small;
+    }
+    g.delta = {0.1, -2.0, 3.0, 0.0};
     g.delta[2] = std::nan("");
     EXPECT_TRUE(std::isnan(g.largest_real_parts({})[0]));
 }

@@ -104,6 +104,19 @@ struct RowDots {
         }
     }
 };
+/// to[t] /= by[t], and 0 where that is 0.
+template <class A>
+struct DivideRows {
+    template <class Set>
+    static INTERSTATE_INLINE void run(const A* by, A* to, Index ld, Index rows, Index columns) {
+        using V = simd::Native<Set, A>;
+        for (Index t = 0; t < rows; ++t) {
+            const V w = simd::broadcast<V>(by[t]);
+            for (Index c = 0; c < columns; c += V::lanes)
+                simd::store(to + t * ld + c, by[t] == A(0) ? simd::broadcast<V>(A(0)) : V{simd::load<V>(to + t * ld + c).v / w.v});
+        }
+    }
+};
 /// to[t] = keep[t] to[t] + weight[t] x[t]; a null `keep` is ones, a null x no second term.
 template <class A>
 struct CombineRows {
@@ -175,7 +188,7 @@ struct ChunkScratch {
     A *kt, *vt, *qt, *ot;    // transposed, (dkp or dvp, ldt)
     A* w;                    // (T, ldt)
     A *state, *turned;       // (Tiling::state); S transposed, (dvp, ldk)
-    A *over, *weight;        // (T)
+    A* weight;               // (T), forward: w of eq. 4
 
     ChunkScratch(Arena& arena, const Tiling& z_, pass which) {
         const bool back = which == pass::backward;
@@ -186,7 +199,7 @@ struct ChunkScratch {
         kt = take(z_.dkp * ldt, true), vt = take(z_.dvp * ldt, back), qt = take(z_.dkp * ldt, back), ot = take(z_.dvp * ldt, back);
         w = take(chunk_tokens * ldt, true);
         state = take(z_.state, true), turned = take(z_.dvp * z_.ldk, back);
-        over = take(chunk_tokens, true), weight = take(chunk_tokens, true);
+        weight = take(chunk_tokens, !back);
     }
 };
 
@@ -291,11 +304,8 @@ struct ChunkedCall {
         product({a, 1, z.ldk}, b, z.ldv, state, z.ldv, z.dk, z.dvp, count, true);
     }
     A* sum_of(A* state) const { return state + z.dkp * z.ldv; }
-    /// 1 / w of rows q, w = q.z (eq. 4): 0 where that is 0.
-    void invert_weights(const A* q, Index count, const Scratch& w) const {
-        leaf<RowDots>(q, static_cast<const A*>(w.z), z.ldk, count, z.dkp, w.over);
-        for (Index t = 0; t < count; ++t) w.over[t] = w.over[t] == A(0) ? A(0) : A(1) / w.over[t];
-    }
+    /// w of rows q (eq. 4): q.z.
+    void sum_weights(const A* q, Index count, const Scratch& w, A* to) const { leaf<RowDots>(q, static_cast<const A*>(w.z), z.ldk, count, z.dkp, to); }
     /// Lower triangle of x y^T, y given transposed, in two steps: no column beyond a row's half.
     void lower_products(const A* x, Index ld, Index terms, const A* yt, Index count, A* w) const {
         constexpr Index half = chunk_tokens / 2;
@@ -387,9 +397,8 @@ struct ChunkedCall {
                     product({w.q, z.ldk}, w.state, z.ldv, w.o, z.ldv, count, z.dvp, z.dk, false);
                     product.template operator()<Terms::lower>({w.w, ldt}, w.v, z.ldv, w.o, z.ldv, count, z.dvp, count, true);  // eq. 10
                     if (z.divides) {
-                        invert_weights(w.q, count, w);
-                        leaf<CombineRows>(static_cast<const A*>(w.over), w.o, static_cast<const A*>(nullptr), static_cast<const A*>(nullptr),
-                                          z.ldv, count, z.dvp);
+                        sum_weights(w.q, count, w, w.weight);
+                        leaf<DivideRows>(static_cast<const A*>(w.weight), w.o, z.ldv, count, z.dvp);
                     }
                     store_rows<T>(exec.isa, w.o, z.ldv, out.o, at.b, row, g, count);
                 }
@@ -421,10 +430,10 @@ struct ChunkedCall {
                     product.template operator()<Terms::lower>({w.w, ldt}, w.k, z.ldk, w.dq, z.ldk, count, z.dkp, count, true);  // eq. 11
                     if (z.divides) {  // do.(S^T phi(q)) is phi(q).(S do): o is not needed
                         A *const over = weights(layout.over, at, g, row), *const weight = weights(layout.weight, at, g, row);
-                        invert_weights(w.q, count, w);
+                        sum_weights(w.q, count, w, over);
                         leaf<RowDots>(static_cast<const A*>(w.q), static_cast<const A*>(w.dq), z.ldk, count, z.dkp, weight);
                         for (Index t = 0; t < count; ++t) {
-                            over[t] = w.over[t];
+                            over[t] = inverse_weight(over[t]);
                             weight[t] = -weight[t] * over[t] * over[t];
                         }
                         leaf<CombineRows>(static_cast<const A*>(over), w.dq, static_cast<const A*>(weight), static_cast<const A*>(w.z), z.ldk,
@@ -515,8 +524,7 @@ void step_tokens(const cpu& exec, const Options& options, const State<acc_t<T>>&
         for (Index g = 0; g < group; ++g) {
             A weights = options.divides() ? A(0) : A(1);
             for (Index r = 0; r < dk && options.divides(); ++r) weights += w.q[g * ldq + r] * state.z(b, h, r);
-            const A over = weights == A(0) ? A(0) : A(1) / weights;
-            for (Index c = 0; c < dv; ++c) w.o[g * ldo + c] *= over;
+            for (Index c = 0; c < dv; ++c) w.o[g * ldo + c] = weights == A(0) ? A(0) : w.o[g * ldo + c] / weights;
             store_rows<T>(exec.isa, w.o + g * ldo, ldo, o, b, 0, h * group + g, 1);
         }
     });

@@ -138,7 +138,13 @@ struct ProjectedCall {
         else
             return own;
     }
-    View<const A, 4> values() const { return own_or(in.v, z.v); }
+    /// Never null, as v without elements may be: its extents count.
+    View<const A, 4> values() const {
+        if constexpr (wide)
+            return all(z.v, z.dv, z.ldv);
+        else
+            return in.v;
+    }
 
     Status forward(const Outputs<T>& out) const {
         make_generators(false);
