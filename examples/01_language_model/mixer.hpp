@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -67,7 +68,7 @@ struct MixerEntry {
     std::string name;
     std::string description;
     bool by_default;  // part of a run without --mixer and --all
-    MakeMixer* make;
+    std::function<MakeMixer> make;
     std::string linear_form{};  // the mixer that has the same parameters and no softmax, if there is one
 };
 
