@@ -223,10 +223,10 @@ __global__ void __launch_bounds__(query_threads, 1) query_gradient_kernel(ChunkB
         if constexpr (real_parts) {
             __syncthreads();  // the values' states have been read
             steps.real_parts(a, shared.mix, s + side * S::tokens);
-            wait_at_barrier<group_threads>(1 + side);
+            wait_for_group<group_threads>(1 + side);
             steps.read_out_real(c, s + side * S::tokens, shared.mix);
         } else {
-            wait_at_barrier<group_threads>(1 + side);
+            wait_for_group<group_threads>(1 + side);
             steps.read_out(c, a, shared.mix);
         }
         steps.put(c, w);

@@ -11,6 +11,12 @@ inline namespace INTERSTATE_KERNELS {
 
 inline constexpr int group_warps = 8, group_threads = 32 * group_warps;
 
+/// Waits for the `threads` threads that share barrier `id`.
+template <int threads>
+__device__ void wait_for_group(int id) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
+}
+
 template <class T>
 struct Steps {
     using S = Sizes<T>;

@@ -35,16 +35,5 @@ __device__ void wait_for_all_but() {
 /// Waits for every copy that this thread has started; other threads see them after a barrier.
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-/// Barriers of some of a block's threads, 1 <= id < 16: waits until `threads` of them have come or arrived.
-template <int threads>
-__device__ void wait_at_barrier(int id) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(threads) : "memory");
-}
-/// Counts as one who came, and goes on.
-template <int threads>
-__device__ void arrive_at_barrier(int id) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(threads) : "memory");
-}
-
 }  // namespace device
 }  // namespace interstate::inline INTERSTATE_ABI

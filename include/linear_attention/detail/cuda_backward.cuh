@@ -26,9 +26,10 @@ struct Inverse {
 };
 
 /// dq and dw of a segment's rows, and what they add to R and r.
-template <class T, int dim, class R>
-__device__ void walk_for_queries(R role, const Call<T>& call, const View<const T, 4>& dout, bool wide_do, const float* entry, const float* weights, const View<T, 4>& dq,
-                                 bool wide_dq, float* sums, float* dw_rows) {
+template <class T, int dim>
+__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void query_gradient_kernel(const __grid_constant__ Call<T> call, const __grid_constant__ View<const T, 4> dout,
+                                                                                bool wide_do, const float* entry, const float* weights, const __grid_constant__ View<T, 4> dq,
+                                                                                bool wide_dq, float* sums, float* dw_rows) {
     using B = Block<T, dim>;
     constexpr int chunk = B::chunk, threads = B::threads, keys = 32, tiles = B::columns / 8;
     extern __shared__ __align__(128) unsigned char memory[];
@@ -44,13 +45,8 @@ __device__ void walk_for_queries(R role, const Call<T>& call, const View<const T
     const auto e_tile = [&](int step) { return tile(2 + step % 2); };
     const auto k_tile = [&](int n) { return tile(4 + n % 2); };
     const auto v_tile = [&](int n) { return tile(6 + n % 2); };
-    auto* const states = data + (B::splits ? 9 : 8) * B::Tile::size;
-    auto* const state_sums = reinterpret_cast<float*>(states + B::matrices * B::parts * B::Matrix::size);
-    // What a chunk reads, and where the next one's is written.
-    const auto matrix = [&](int n) {
-        return StateMatrix<T, dim>{states + n % B::matrices * B::parts * B::Matrix::size, state_sums + n % B::matrices * dim};
-    };
-    float *const inverses = state_sums + B::matrices * dim, *const dw = inverses + 2 * chunk, *const dots = dw + chunk;
+    const StateMatrix<T, dim> matrix{data + 8 * B::Tile::size, reinterpret_cast<float*>(data + 8 * B::Tile::size + B::parts * B::Matrix::size)};
+    float *const inverses = matrix.z + dim, *const dw = inverses + 2 * chunk, *const dots = dw + chunk;
 
     const int chunks = (span.count + chunk - 1) / chunk, steps = chunks * group;
     const auto rows = [&](int n) { return min(chunk, span.count - n * chunk); };
@@ -66,19 +62,17 @@ __device__ void walk_for_queries(R role, const Call<T>& call, const View<const T
         k_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
         v_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
     };
-    StateRows<T, dim, B::role_warps> state, adjoint;
-    if constexpr (R::makes_state) {
-        adjoint.clear();
-        state.load(entry + (slot * shape.kv_heads + h) * B::record);
-        matrix(0).put(state);
-    }
+    StateRows<T, dim> state, adjoint;
+    adjoint.clear();
+    state.load(entry + (slot * shape.kv_heads + h) * B::record);
+    matrix.put(state);
 
     Inverse inverse{weights, 0.0f};
 #pragma unroll 1
     for (int step = -1; step < steps; ++step) {
         const int thread = device::kept(static_cast<int>(threadIdx.x));
         device::wait_for_copies();
-        role.wait_for_all();
+        __syncthreads();
         if (step + 1 < steps) fetch(step + 1, thread);
         if (call.divides && thread < chunk) {
             if (step + 1 < steps) inverse.read(row_at(step + 1, thread), thread < rows((step + 1) / group));
@@ -88,8 +82,8 @@ __device__ void walk_for_queries(R role, const Call<T>& call, const View<const T
         if (step < 0) continue;
         const int lane_id = thread % 32;
         const device::Lane lane(lane_id);
-        if constexpr (R::makes_state) state.thread = adjoint.thread = thread;
-        const int column_group = role.warp / B::row_groups, row0 = role.warp % B::row_groups * 16, column0 = column_group * B::columns;
+        state.thread = adjoint.thread = thread;
+        const int column_group = thread / 32 / B::row_groups, row0 = thread / 32 % B::row_groups * 16, column0 = column_group * B::columns;
         const int n = step / group, g = step % group, head = h * group + g;
         const auto q = q_tile(step), e = e_tile(step), k = k_tile(n), v = v_tile(n);
         if (call.elu1) {
@@ -98,125 +92,113 @@ __device__ void walk_for_queries(R role, const Call<T>& call, const View<const T
         }
         const float* const over = inverses + step % 2 * chunk;
         if (call.divides) scale_rows<T, dim>(e, over, thread);
-        if (call.elu1 || call.divides) role.wait_for_all();
+        if (call.elu1 || call.divides) __syncthreads();
 
         float dx[1][tiles][4];
-        if constexpr (R::makes_rows) {
-            // G, and of normalized rows, by the same loads, the sum of the keys that each reads.
-            const device::Shared16<typename B::E, chunk, dim> upstream(e, row0, lane_id);
-            const auto multiply = [&]<int m>(std::integral_constant<int, m>) {
-                float c[m][tiles][4];
-                device::clear(c);
+        // G, and of normalized rows, by the same loads, the sum of the keys that each reads.
+        const device::Shared16<typename B::E, chunk, dim> upstream(e, row0, lane_id);
+        const auto multiply = [&]<int m>(std::integral_constant<int, m>) {
+            float c[m][tiles][4];
+            device::clear(c);
 #pragma unroll 1
-                for (int j = 0; j < row0 + 16; j += keys) {
-                    float s[m][keys / 8][4], of_values[1][keys / 8][4];
-                    device::clear(of_values);
-                    device::multiply_rows<B::precision, dim>(of_values, upstream, v.as_stored(), j, 0, lane_id);
+            for (int j = 0; j < row0 + 16; j += keys) {
+                float s[m][keys / 8][4], of_values[1][keys / 8][4];
+                device::clear(of_values);
+                device::multiply_rows<B::precision, dim>(of_values, upstream, v.as_stored(), j, 0, lane_id);
 #pragma unroll
-                    for (int t = 0; t < keys / 8; ++t)
+                for (int t = 0; t < keys / 8; ++t)
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            const bool reads = j + 8 * t + 2 * lane.quad + i % 2 <= row0 + lane.group + i / 2 * 8;
-                            s[0][t][i] = reads ? device::rounded<B::precision>(of_values[0][t][i]) : 0.0f;
-                            if constexpr (m == 2) s[1][t][i] = reads ? 1.0f : 0.0f;
-                        }
-                    device::multiply_rows<B::precision, keys>(c, device::Rows16<B::precision, m, keys>(s), k.transposed(), column0, j, lane_id);
-                }
-#pragma unroll
-                for (int t = 0; t < tiles; ++t)
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) dx[0][t][i] = c[0][t][i];
-                matrix(n).template multiply<true>(dx, upstream, column0, lane_id);
-                if constexpr (m == 2) {
-                    // o.e = phi(q).G / w, and with it dw.
-                    float dot[2] = {};
-#pragma unroll
-                    for (int i = 0; i < 4; i += 2)
-#pragma unroll
-                        for (int t = 0; t < tiles; ++t) {
-                            const float2 x = device::get_pair(q.at(row0 + lane.group + i / 2 * 8, column0 + 8 * t + 2 * lane.quad));
-                            dot[i / 2] = fmaf(x.x, dx[0][t][i], fmaf(x.y, dx[0][t][i + 1], dot[i / 2]));
-                        }
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        dot[i] += __shfl_xor_sync(0xffffffffu, dot[i], 1);
-                        dot[i] += __shfl_xor_sync(0xffffffffu, dot[i], 2);
-                        if (B::column_groups > 1 && lane.quad == 0) dots[column_group * chunk + row0 + lane.group + 8 * i] = dot[i];
+                    for (int i = 0; i < 4; ++i) {
+                        const bool reads = j + 8 * t + 2 * lane.quad + i % 2 <= row0 + lane.group + i / 2 * 8;
+                        s[0][t][i] = reads ? device::rounded<B::precision>(of_values[0][t][i]) : 0.0f;
+                        if constexpr (m == 2) s[1][t][i] = reads ? 1.0f : 0.0f;
                     }
-                    if constexpr (B::column_groups > 1) {
-                        role.wait_for_role();
+                device::multiply_rows<B::precision, keys>(c, device::Rows16<B::precision, m, keys>(s), k.transposed(), column0, j, lane_id);
+            }
 #pragma unroll
-                        for (int i = 0; i < 2; ++i) {
-                            dot[i] = 0.0f;
+            for (int t = 0; t < tiles; ++t)
 #pragma unroll
-                            for (int group = 0; group < B::column_groups; ++group) dot[i] += dots[group * chunk + row0 + lane.group + 8 * i];
-                        }
-                    }
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) {
-                        const int r = row0 + lane.group + 8 * i;
-                        const float of_row = -dot[i] * over[r];
-                        if (column_group == 0 && lane.quad == 0) {
-                            dw[r] = of_row;
-                            if (dw_rows && r < rows(n)) dw_rows[row_at(step, r)] = of_row;
-                        }
-#pragma unroll
-                        for (int t = 0; t < tiles; ++t) {
-                            const float* const z = matrix(n).z + column0 + 8 * t + 2 * lane.quad;
-#pragma unroll
-                            for (int x = 0; x < 2; ++x) dx[0][t][2 * i + x] = fmaf(of_row, c[1][t][2 * i + x] + z[x], dx[0][t][2 * i + x]);
-                        }
-                    }
-                }
-            };
-            if (call.divides)
-                multiply(std::integral_constant<int, 2>{});
-            else
-                multiply(std::integral_constant<int, 1>{});
-            if (call.elu1)
+                for (int i = 0; i < 4; ++i) dx[0][t][i] = c[0][t][i];
+            matrix.template multiply<true>(dx, upstream, column0, lane_id);
+            if constexpr (m == 2) {
+                // o.e = phi(q).G / w, and with it dw.
+                float dot[2] = {};
 #pragma unroll
                 for (int i = 0; i < 4; i += 2)
 #pragma unroll
                     for (int t = 0; t < tiles; ++t) {
                         const float2 x = device::get_pair(q.at(row0 + lane.group + i / 2 * 8, column0 + 8 * t + 2 * lane.quad));
-                        dx[0][t][i] *= fminf(x.x, 1.0f);
-                        dx[0][t][i + 1] *= fminf(x.y, 1.0f);
+                        dot[i / 2] = fmaf(x.x, dx[0][t][i], fmaf(x.y, dx[0][t][i + 1], dot[i / 2]));
                     }
-        }
-        const bool advances = g + 1 == group && n + 1 < chunks;
-        if constexpr (R::makes_state) {
-            if (advances) {
-                add_outer<T, dim>(state, k, v, lane_id);
-                if (call.divides) add_sum<T, dim>(state, k, nullptr, lane_id);
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    dot[i] += __shfl_xor_sync(0xffffffffu, dot[i], 1);
+                    dot[i] += __shfl_xor_sync(0xffffffffu, dot[i], 2);
+                    if (B::column_groups > 1 && lane.quad == 0) dots[column_group * chunk + row0 + lane.group + 8 * i] = dot[i];
+                }
+                if constexpr (B::column_groups > 1) {
+                    __syncthreads();
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        dot[i] = 0.0f;
+#pragma unroll
+                        for (int group = 0; group < B::column_groups; ++group) dot[i] += dots[group * chunk + row0 + lane.group + 8 * i];
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int r = row0 + lane.group + 8 * i;
+                    const float of_row = -dot[i] * over[r];
+                    if (column_group == 0 && lane.quad == 0) {
+                        dw[r] = of_row;
+                        if (dw_rows && r < rows(n)) dw_rows[row_at(step, r)] = of_row;
+                    }
+#pragma unroll
+                    for (int t = 0; t < tiles; ++t) {
+                        const float* const z = matrix.z + column0 + 8 * t + 2 * lane.quad;
+#pragma unroll
+                        for (int x = 0; x < 2; ++x) dx[0][t][2 * i + x] = fmaf(of_row, c[1][t][2 * i + x] + z[x], dx[0][t][2 * i + x]);
+                    }
+                }
             }
-            if (sums) add_outer<T, dim>(adjoint, q, e, lane_id);
+        };
+        if (call.divides)
+            multiply(std::integral_constant<int, 2>{});
+        else
+            multiply(std::integral_constant<int, 1>{});
+        if (call.elu1)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2)
+#pragma unroll
+                for (int t = 0; t < tiles; ++t) {
+                    const float2 x = device::get_pair(q.at(row0 + lane.group + i / 2 * 8, column0 + 8 * t + 2 * lane.quad));
+                    dx[0][t][i] *= fminf(x.x, 1.0f);
+                    dx[0][t][i + 1] *= fminf(x.y, 1.0f);
+                }
+        const bool advances = g + 1 == group && n + 1 < chunks;
+        if (advances) {
+            add_outer<T, dim>(state, k, v, lane_id);
+            if (call.divides) add_sum<T, dim>(state, k, nullptr, lane_id);
         }
+        if (sums) add_outer<T, dim>(adjoint, q, e, lane_id);
         if (call.divides && sums) {
-            role.hand_over();  // dw
-            if constexpr (R::makes_state) add_sum<T, dim>(adjoint, q, dw, lane_id);
+            __syncthreads();  // dw
+            add_sum<T, dim>(adjoint, q, dw, lane_id);
         }
-        if (!B::splits) role.wait_for_all();
-        if constexpr (R::makes_state)
-            if (advances) matrix(n + 1).put(state);
-        if constexpr (R::makes_rows)
-            if (dq) take_out<T, dim>(dx[0], B::splits ? tile(8) : q, row0, column0, device::Rows<T>(dq, span.batch, span.row + n * chunk, head, rows(n), wide_dq), lane_id);
+        __syncthreads();
+        if (advances) matrix.put(state);
+        if (dq) take_out<T, dim>(dx[0], q, row0, column0, device::Rows<T>(dq, span.batch, span.row + n * chunk, head, rows(n), wide_dq), lane_id);
         // The half that the step before this one has read.
         if (call.divides && thread < chunk) inverses[(step + 1) % 2 * chunk + thread] = inverse.value();
     }
-    if constexpr (R::makes_state)
-        if (sums) adjoint.store(sums + (slot * shape.kv_heads + h) * B::record);
-}
-template <class T, int dim>
-__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void query_gradient_kernel(const __grid_constant__ Call<T> call, const __grid_constant__ View<const T, 4> dout,
-                                                                                bool wide_do, const float* entry, const float* weights, const __grid_constant__ View<T, 4> dq,
-                                                                                bool wide_dq, float* sums, float* dw_rows) {
-    with_role<T, dim>([&](auto role) { walk_for_queries<T, dim>(role, call, dout, wide_do, entry, weights, dq, wide_dq, sums, dw_rows); });
+    if (sums) adjoint.store(sums + (slot * shape.kv_heads + h) * B::record);
 }
 
-/// dk and dv of a segment's rows. `entry`: the adjoints behind the segments. Where warps have roles, one makes dk and the other dv, and both the adjoint.
-template <class T, int dim, class R>
-__device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4>& dout, bool wide_do, const float* entry, const float* weights, const float* dw_rows,
-                              const View<T, 4>& dk, bool wide_dk, const View<T, 4>& dv, bool wide_dv) {
+/// dk and dv of a segment's rows. `entry`: the adjoints behind the segments.
+template <class T, int dim>
+__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void key_gradient_kernel(const __grid_constant__ Call<T> call, const __grid_constant__ View<const T, 4> dout,
+                                                                              bool wide_do, const float* entry, const float* weights, const float* dw_rows,
+                                                                              const __grid_constant__ View<T, 4> dk, bool wide_dk, const __grid_constant__ View<T, 4> dv, bool wide_dv) {
     using B = Block<T, dim>;
     constexpr int chunk = B::chunk, threads = B::threads, queries = 32, tiles = B::columns / 8;
     extern __shared__ __align__(128) unsigned char memory[];
@@ -225,19 +207,13 @@ __device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4
     const int h = static_cast<int>(blockIdx.x % shape.kv_heads);
     const Span span(shape, call.in.cu_seqlens, slot, segment);
     if (!span.exists || span.count == 0) return;
-    constexpr bool makes_dk = R::makes_rows, makes_dv = R::makes_state;
     const int group = static_cast<int>(shape.group());
     auto* const data = reinterpret_cast<typename B::E*>(memory);
     const auto tile = [&](int i) { return typename B::Tile{data + i * B::Tile::size}; };
     const auto q_tile = [&](int step) { return tile(step % 2); };
     const auto e_tile = [&](int step) { return tile(2 + step % 2); };
-    auto* const states = data + (B::splits ? 9 : 8) * B::Tile::size;
-    auto* const state_sums = reinterpret_cast<float*>(states + B::matrices * B::parts * B::Matrix::size);
-    // What a chunk reads, and where that of the chunk before it is written.
-    const auto matrix = [&](int n) {
-        return StateMatrix<T, dim>{states + n % B::matrices * B::parts * B::Matrix::size, state_sums + n % B::matrices * dim};
-    };
-    float *const inverses = state_sums + B::matrices * dim, *const dws = inverses + 2 * chunk;
+    const StateMatrix<T, dim> matrix{data + 8 * B::Tile::size, reinterpret_cast<float*>(data + 8 * B::Tile::size + B::parts * B::Matrix::size)};
+    float *const inverses = matrix.z + dim, *const dws = inverses + 2 * chunk;
 
     const int chunks = (span.count + chunk - 1) / chunk, steps = chunks * group;
     const auto chunk_of = [&](int step) { return chunks - 1 - step / group; };
@@ -253,9 +229,9 @@ __device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4
         k_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
         v_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
     };
-    StateRows<T, dim, B::warps> adjoint;
+    StateRows<T, dim> adjoint;
     adjoint.load(entry + (slot * shape.kv_heads + h) * B::record);
-    matrix(chunks - 1).put(adjoint);
+    matrix.put(adjoint);
 
     float of_k[1][tiles][4], of_v[1][tiles][4];
     Inverse inverse{weights, 0.0f};
@@ -264,7 +240,7 @@ __device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4
     for (int step = -1; step < steps; ++step) {
         const int thread = device::kept(static_cast<int>(threadIdx.x));
         device::wait_for_copies();
-        role.wait_for_all();
+        __syncthreads();
         if (step + 1 < steps) fetch(step + 1, thread);
         if (call.divides && thread < chunk) {
             if (step + 1 < steps) {
@@ -283,7 +259,7 @@ __device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4
         const int lane_id = thread % 32;
         const device::Lane lane(lane_id);
         adjoint.thread = thread;
-        const int row0 = role.warp % B::row_groups * 16, column0 = role.warp / B::row_groups * B::columns;
+        const int row0 = thread / 32 % B::row_groups * 16, column0 = thread / 32 / B::row_groups * B::columns;
         const int n = chunk_of(step), g = step % group;
         const auto q = q_tile(step), e = e_tile(step), k = k_tile(n), v = v_tile(n);
         const float* const dw = dws + step % 2 * chunk;
@@ -292,7 +268,7 @@ __device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4
             if (g == 0) map_features<T, dim>(k, rows(n), shape.head_dim, thread);
         }
         if (call.divides) scale_rows<T, dim>(e, inverses + step % 2 * chunk, thread);
-        if (call.elu1 || call.divides) role.wait_for_all();
+        if (call.elu1 || call.divides) __syncthreads();
 
         const device::Shared16<typename B::E, chunk, dim> key_rows(k, row0, lane_id), value_rows(v, row0, lane_id);
         // Of both, c: what the state gives, and what the chunk's queries give: masked products of own rows with `with`, times `by`.
@@ -313,25 +289,21 @@ __device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4
                 device::multiply_rows<B::precision, queries>(c, device::Rows16<B::precision, 1, queries>(s), by.transposed(), column0, j, lane_id);
             }
         };
-        if constexpr (makes_dv) {
-            if (g == 0) {
-                device::clear(of_v);
-                matrix(n).template multiply<false>(of_v, key_rows, column0, lane_id);
-            }
-            add_chunk(of_v, key_rows, q, e, nullptr);
+        if (g == 0) {
+            device::clear(of_v);
+            matrix.template multiply<false>(of_v, key_rows, column0, lane_id);
         }
-        if constexpr (makes_dk) {
-            if (g == 0) {
-                device::clear(of_k);
-                matrix(n).template multiply<true>(of_k, value_rows, column0, lane_id);
-                if (call.divides)
+        add_chunk(of_v, key_rows, q, e, nullptr);
+        if (g == 0) {
+            device::clear(of_k);
+            matrix.template multiply<true>(of_k, value_rows, column0, lane_id);
+            if (call.divides)
 #pragma unroll
-                    for (int t = 0; t < tiles; ++t)
+                for (int t = 0; t < tiles; ++t)
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) of_k[0][t][i] += matrix(n).z[column0 + 8 * t + 2 * lane.quad + i % 2];
-            }
-            add_chunk(of_k, value_rows, e, q, call.divides ? dw : nullptr);
+                    for (int i = 0; i < 4; ++i) of_k[0][t][i] += matrix.z[column0 + 8 * t + 2 * lane.quad + i % 2];
         }
+        add_chunk(of_k, value_rows, e, q, call.divides ? dw : nullptr);
         if (n > 0) {
             add_outer<T, dim>(adjoint, q, e, lane_id);
             if (call.divides) add_sum<T, dim>(adjoint, q, dw, lane_id);
@@ -342,7 +314,7 @@ __device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4
             dws[(step + 1) % 2 * chunk + thread] = next_dw;
         }
         if (g + 1 < group) continue;
-        if (makes_dk && call.elu1)
+        if (call.elu1)
 #pragma unroll
             for (int i = 0; i < 4; i += 2)
 #pragma unroll
@@ -351,24 +323,12 @@ __device__ void walk_for_keys(R role, const Call<T>& call, const View<const T, 4
                     of_k[0][t][i] *= fminf(x.x, 1.0f);
                     of_k[0][t][i + 1] *= fminf(x.y, 1.0f);
                 }
-        if (!B::splits) role.wait_for_all();
-        if (n > 0) matrix(n + B::matrices - 1).put(adjoint);
-        if (B::splits && B::column_groups > 1) role.wait_for_role();
-        // Values are read by those alone who make dk of the same rows.
-        if constexpr (makes_dk)
-            if (dk) take_out<T, dim>(of_k[0], v, row0, column0, device::Rows<T>(dk, span.batch, span.row + n * chunk, h, rows(n), wide_dk), lane_id);
-        if constexpr (makes_dv)
-            if (dv) take_out<T, dim>(of_v[0], B::splits ? tile(8) : k, row0, column0, device::Rows<T>(dv, span.batch, span.row + n * chunk, h, rows(n), wide_dv), lane_id);
+        __syncthreads();
+        if (n > 0) matrix.put(adjoint);
+        if (dk) take_out<T, dim>(of_k[0], k, row0, column0, device::Rows<T>(dk, span.batch, span.row + n * chunk, h, rows(n), wide_dk), lane_id);
+        if (dv) take_out<T, dim>(of_v[0], v, row0, column0, device::Rows<T>(dv, span.batch, span.row + n * chunk, h, rows(n), wide_dv), lane_id);
     }
 }
-template <class T, int dim>
-__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void key_gradient_kernel(const __grid_constant__ Call<T> call, const __grid_constant__ View<const T, 4> dout,
-                                                                              bool wide_do, const float* entry, const float* weights, const float* dw_rows,
-                                                                              const __grid_constant__ View<T, 4> dk, bool wide_dk, const __grid_constant__ View<T, 4> dv, bool wide_dv) {
-    with_role<T, dim>([&](auto role) { walk_for_keys<T, dim>(role, call, dout, wide_do, entry, weights, dw_rows, dk, wide_dk, dv, wide_dv); });
-}
-
-}  // namespace INTERSTATE_KERNELS
 
 template <class T, int dim>
 Status run_backward(const cuda& exec, const Options& options, const Inputs<T>& in, Saved saved, const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws) {
@@ -396,5 +356,6 @@ Status run_backward(const cuda& exec, const Options& options, const Inputs<T>& i
                   static_cast<bool>(grads.v) && device::moves_wide(grads.v, s.value_dim));
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace linear_attention::detail
 }  // namespace interstate::inline INTERSTATE_ABI

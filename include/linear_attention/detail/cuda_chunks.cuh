@@ -29,30 +29,25 @@ struct Form<bf16> {
     static constexpr int chunk = 64, state_parts = 2;
 };
 
-/// A block for heads of up to `dim` columns. Where registers allow it its warps have roles: half of them make rows of results, a warp 16 of them and a
-/// group of columns, and half of them the states meanwhile; else every warp does both, one after the other.
+/// A block for heads of up to `dim` columns. A warp has 16 rows and a group of columns, of a product with a row for each token as of a state.
 template <class T, int dim>
 struct Block {
     using E = typename Form<T>::Element;
     static constexpr device::Precision precision = Form<T>::precision;
-    static constexpr bool splits = dim == 64;
-    static constexpr int chunk = Form<T>::chunk, parts = Form<T>::state_parts, warps = 8, threads = 32 * warps;
-    static constexpr int role_warps = splits ? warps / 2 : warps;
-    static constexpr int row_groups = chunk / 16, column_groups = role_warps / row_groups, columns = dim / column_groups;
+    static constexpr int chunk = Form<T>::chunk, parts = Form<T>::state_parts, warps = dim == 64 ? 4 : 8, threads = 32 * warps;
+    static constexpr int row_groups = chunk / 16, column_groups = warps / row_groups, columns = dim / column_groups;
     using Tile = device::Swizzled<E, chunk, dim>;
     using Matrix = device::Swizzled<E, dim, dim>;
     static constexpr int blocks = dim == 64 ? 2 : 1;  // a multiprocessor
-    /// A state as a factor: while one is read, the next is written, where there is room.
-    static constexpr int matrices = splits ? 2 : 1;
     /// A record of a state: S, row by row, then z.
     static constexpr int record = dim * dim + dim;
-    static constexpr std::size_t shared(int tiles, int states, int floats) {
-        return sizeof(E) * (tiles * Tile::size + states * parts * Matrix::size) + sizeof(float) * static_cast<std::size_t>(floats);
+    static constexpr std::size_t shared(int tiles, int floats) {
+        return sizeof(E) * (tiles * Tile::size + parts * Matrix::size) + sizeof(float) * static_cast<std::size_t>(dim + floats);
     }
-    static constexpr std::size_t sum_shared = shared(4, 0, 0);
-    static constexpr std::size_t forward_shared = shared(6, matrices, matrices * dim);
-    static constexpr std::size_t query_shared = shared(splits ? 9 : 8, matrices, matrices * dim + (3 + column_groups) * chunk);
-    static constexpr std::size_t key_shared = shared(splits ? 9 : 8, matrices, matrices * dim + 4 * chunk);
+    static constexpr std::size_t sum_shared = sizeof(E) * 4 * Tile::size;
+    static constexpr std::size_t forward_shared = shared(6, 0);
+    static constexpr std::size_t query_shared = shared(8, (3 + column_groups) * chunk);
+    static constexpr std::size_t key_shared = shared(8, 4 * chunk);
     static constexpr std::size_t most_shared = std::max(query_shared, key_shared);
 };
 
@@ -82,7 +77,7 @@ Call<T> call_of(const Options& options, const Inputs<T>& in) {
 
 inline namespace INTERSTATE_KERNELS {
 
-/// phi of eq. 1, without a branch.
+/// phi of eq. 1, without a branch: max(x, 0) + exp(min(x, 0)).
 __device__ inline float feature_of(float x) { return fmaxf(x, 0.0f) + device::exp2_of(fminf(x, 0.0f) * 1.44269504f); }
 
 /// x as a factor of products has it.
@@ -119,47 +114,11 @@ struct Span {
     }
 };
 
-/// What a warp does. Code of its own for each role, so that none keeps registers for another's numbers.
-template <class T, int dim, bool rows, bool state>
-struct Role {
-    using B = Block<T, dim>;
-    static constexpr bool makes_rows = rows, makes_state = state;
-    static_assert(B::splits ? rows != state : rows && state);
-    int warp = static_cast<int>(threadIdx.x) / 32 % B::role_warps;
-
-    /// All threads of the block are here, of this role those alone, and those who make rows before the others go on.
-    __device__ static void wait_for_all() { device::wait_at_barrier<B::threads>(0); }
-    __device__ static void wait_for_role() {
-        if constexpr (B::splits)
-            device::wait_at_barrier<32 * B::role_warps>(rows ? 1 : 2);
-        else
-            wait_for_all();
-    }
-    __device__ static void hand_over() {
-        if constexpr (!B::splits)
-            wait_for_all();
-        else if constexpr (rows)
-            device::arrive_at_barrier<B::threads>(3);
-        else
-            device::wait_at_barrier<B::threads>(3);
-    }
-};
-/// f(role) with the role of the calling warp.
-template <class T, int dim, class F>
-__device__ void with_role(F&& f) {
-    if constexpr (!Block<T, dim>::splits)
-        f(Role<T, dim, true, true>{});
-    else if (static_cast<int>(threadIdx.x) / 32 < Block<T, dim>::role_warps)
-        f(Role<T, dim, true, false>{});
-    else
-        f(Role<T, dim, false, true>{});
-}
-
-/// A warp's share of a state that `warps` of them hold, in registers, as products leave it; z, of the same rows, in every lane.
-template <class T, int dim, int warps>
+/// A warp's share of a state, in registers, as products leave it; z, of the same rows, in every lane.
+template <class T, int dim>
 struct StateRows {
     using B = Block<T, dim>;
-    static constexpr int row_groups = dim / 16, columns = dim / (warps / row_groups), tiles = columns / 8;
+    static constexpr int row_groups = dim / 16, columns = dim / (B::warps / row_groups), tiles = columns / 8;
     float s[tiles][4], z[2];
     int thread = static_cast<int>(threadIdx.x);
 
@@ -167,9 +126,8 @@ struct StateRows {
         device::clear(s);
         z[0] = z[1] = 0.0f;
     }
-    __device__ int warp() const { return thread / 32 % warps; }
-    __device__ int first_row() const { return warp() % row_groups * 16; }
-    __device__ int first_column() const { return warp() / row_groups * columns; }
+    __device__ int first_row() const { return thread / 32 % row_groups * 16; }
+    __device__ int first_column() const { return thread / 32 / row_groups * columns; }
     __device__ bool has_sum() const { return first_column() == 0; }
     __device__ int row(int e) const { return first_row() + thread % 32 / 4 + e / 2 * 8; }
     __device__ int column(int t) const { return first_column() + 8 * t + thread % 4 * 2; }
@@ -257,8 +215,8 @@ __device__ void multiply_column(float (&sum)[2], const A& a, const float* x, int
 }
 
 /// S += X^T Y over the tokens of a chunk.
-template <class T, int dim, int warps>
-__device__ void add_outer(StateRows<T, dim, warps>& state, const typename Block<T, dim>::Tile& x, const typename Block<T, dim>::Tile& y, int lane) {
+template <class T, int dim>
+__device__ void add_outer(StateRows<T, dim>& state, const typename Block<T, dim>::Tile& x, const typename Block<T, dim>::Tile& y, int lane) {
     using B = Block<T, dim>;
     constexpr int chunk = B::chunk, tiles = state.tiles, part = tiles < 8 ? tiles : 8;
     const Transposed16<typename B::E, chunk, dim> rows(x, state.first_row(), lane);
@@ -275,8 +233,8 @@ __device__ void add_outer(StateRows<T, dim, warps>& state, const typename Block<
     }
 }
 /// z += X^T weight; ones where null.
-template <class T, int dim, int warps>
-__device__ void add_sum(StateRows<T, dim, warps>& state, const typename Block<T, dim>::Tile& x, const float* weight, int lane) {
+template <class T, int dim>
+__device__ void add_sum(StateRows<T, dim>& state, const typename Block<T, dim>::Tile& x, const float* weight, int lane) {
     using B = Block<T, dim>;
     if (state.has_sum()) multiply_column<T, B::chunk>(state.z, Transposed16<typename B::E, B::chunk, dim>(x, state.first_row(), lane), weight, lane);
 }
@@ -290,8 +248,7 @@ struct StateMatrix {
     typename B::E* data;
     float* z;
     __device__ typename B::Matrix part(int i) const { return {data + i * B::Matrix::size}; }
-    template <int warps>
-    __device__ void put(const StateRows<T, dim, warps>& state) const {
+    __device__ void put(const StateRows<T, dim>& state) const {
 #pragma unroll
         for (int e = 0; e < 4; e += 2) {
 #pragma unroll
@@ -413,8 +370,6 @@ __global__ __launch_bounds__(256) void scan_records_kernel(Shape shape, View<con
     if (is_sum ? static_cast<bool>(Z_end) && m < shape.head_dim : static_cast<bool>(S_end) && there) (is_sum ? Z_end(n, h, m) : S_end(n, h, m, c)) = sum;
 }
 
-}  // namespace INTERSTATE_KERNELS
-
 /// Launches the scan above.
 template <int dim>
 Status scan_records(const cuda& exec, const Shape& s, const View<const std::int32_t, 1>& cu, int size, bool backwards, float* records, const View<const float, 4>& S,
@@ -424,5 +379,6 @@ Status scan_records(const cuda& exec, const Shape& s, const View<const std::int3
                   Z_end);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace linear_attention::detail
 }  // namespace interstate::inline INTERSTATE_ABI

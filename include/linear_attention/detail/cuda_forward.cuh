@@ -34,7 +34,7 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
         tile(n % 2 * 2).template copy_in<B::threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
         tile(n % 2 * 2 + 1).template copy_in<B::threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
     };
-    StateRows<T, dim, B::warps> state;
+    StateRows<T, dim> state;
     state.clear();
     // One turn ahead, so that the code of a fetch is there once.
 #pragma unroll 1
@@ -56,8 +56,9 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
 
 /// The rows of a span, chunk by chunk, and the queries of a key/value head, head by head. `entry`: the states that enter the spans; null: those of
 /// the call. `kept` has no records where backward will not follow.
-template <class T, int dim, class R>
-__device__ void walk_forward(R role, const Call<T>& call, int size, const float* entry, const Outputs<T>& out, bool wide_o, float* kept_records, float* kept_weights) {
+template <class T, int dim>
+__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void forward_kernel(const __grid_constant__ Call<T> call, int size, const float* entry,
+                                                                         const __grid_constant__ Outputs<T> out, bool wide_o, float* kept_records, float* kept_weights) {
     using B = Block<T, dim>;
     constexpr int chunk = B::chunk, threads = B::threads, keys = 32, tiles = B::columns / 8;
     extern __shared__ __align__(128) unsigned char memory[];
@@ -72,12 +73,7 @@ __device__ void walk_forward(R role, const Call<T>& call, int size, const float*
     const auto q_tile = [&](int step) { return tile(step % 2); };
     const auto k_tile = [&](int n) { return tile(2 + n % 2); };
     const auto v_tile = [&](int n) { return tile(4 + n % 2); };
-    // What a chunk reads, and where the next one's is written.
-    const auto matrix = [&](int n) {
-        auto* const states = data + 6 * B::Tile::size;
-        auto* const sums = reinterpret_cast<float*>(states + B::matrices * B::parts * B::Matrix::size);
-        return StateMatrix<T, dim>{states + n % B::matrices * B::parts * B::Matrix::size, sums + n % B::matrices * dim};
-    };
+    const StateMatrix<T, dim> matrix{data + 6 * B::Tile::size, reinterpret_cast<float*>(data + 6 * B::Tile::size + B::parts * B::Matrix::size)};
     const int chunks = (span.count + chunk - 1) / chunk, steps = chunks * group;
     const auto rows = [&](int n) { return min(chunk, span.count - n * chunk); };
     const auto fetch = [&](int step, int thread) {
@@ -88,113 +84,96 @@ __device__ void walk_forward(R role, const Call<T>& call, int size, const float*
         k_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.k, span.batch, row, h, rows(n), call.wide_k), thread);
         v_tile(n).template copy_in<threads>(device::Rows<const T>(call.in.v, span.batch, row, h, rows(n), call.wide_v), thread);
     };
-    StateRows<T, dim, B::role_warps> state;
+    StateRows<T, dim> state;
     // A record of the call's states has room where tiles will be.
     auto* const own = reinterpret_cast<float*>(memory);
     static_assert(sizeof(float) * B::record <= sizeof(typename B::E) * 6 * B::Tile::size);
     const bool enters = entry && span.count > 0;
     if (!enters) {
         fill_record<T, dim>(own, call.in.s0, call.in.z0, span.sequence, h, thread);
-        role.wait_for_all();
+        __syncthreads();
     }
-    if constexpr (R::makes_state) {
-        state.load(enters ? entry + (slot * shape.kv_heads + h) * B::record : own);
-        matrix(0).put(state);
-    }
+    state.load(enters ? entry + (slot * shape.kv_heads + h) * B::record : own);
+    matrix.put(state);
 
 #pragma unroll 1
     for (int step = -1; step < steps; ++step) {
         const int thread = device::kept(static_cast<int>(threadIdx.x));
         device::wait_for_copies();
-        role.wait_for_all();
+        __syncthreads();
         if (step + 1 < steps) fetch(step + 1, thread);
         if (step < 0) continue;
         const int lane_id = thread % 32;
         const device::Lane lane(lane_id);
-        if constexpr (R::makes_state) state.thread = thread;
-        const int row0 = role.warp % B::row_groups * 16, column0 = role.warp / B::row_groups * B::columns;
+        state.thread = thread;
+        const int row0 = thread / 32 % B::row_groups * 16, column0 = thread / 32 / B::row_groups * B::columns;
         const int n = step / group, g = step % group;
         const auto q = q_tile(step), k = k_tile(n), v = v_tile(n);
         if (call.elu1) {
             map_features<T, dim>(q, rows(n), shape.head_dim, thread);
             if (g == 0) map_features<T, dim>(k, rows(n), shape.head_dim, thread);
-            role.wait_for_all();
+            __syncthreads();
         }
-        float o[1][tiles][4];
-        if constexpr (R::makes_rows) {
-            const device::Shared16<typename B::E, chunk, dim> queries(q, row0, lane_id);
-            float weight[2] = {};
-            device::clear(o);
+        const device::Shared16<typename B::E, chunk, dim> queries(q, row0, lane_id);
+        float o[1][tiles][4], weight[2] = {};
+        device::clear(o);
 #pragma unroll 1
-            for (int j = 0; j < row0 + 16; j += keys) {
-                float s[1][keys / 8][4];
-                device::clear(s);
-                device::multiply_rows<B::precision, dim>(s, queries, k.as_stored(), j, 0, lane_id);
-                const bool all_read = j + keys <= row0;
+        for (int j = 0; j < row0 + 16; j += keys) {
+            float s[1][keys / 8][4];
+            device::clear(s);
+            device::multiply_rows<B::precision, dim>(s, queries, k.as_stored(), j, 0, lane_id);
+            const bool all_read = j + keys <= row0;
 #pragma unroll
-                for (int t = 0; t < keys / 8; ++t)
+            for (int t = 0; t < keys / 8; ++t)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        if (!all_read && j + 8 * t + 2 * lane.quad + e % 2 > row0 + lane.group + e / 2 * 8) s[0][t][e] = 0.0f;
-                        weight[e / 2] += s[0][t][e];
-                        s[0][t][e] = device::rounded<B::precision>(s[0][t][e]);
-                    }
-                device::multiply_rows<B::precision, keys>(o, device::Rows16<B::precision, 1, keys>(s), v.transposed(), column0, j, lane_id);
+                for (int e = 0; e < 4; ++e) {
+                    if (!all_read && j + 8 * t + 2 * lane.quad + e % 2 > row0 + lane.group + e / 2 * 8) s[0][t][e] = 0.0f;
+                    weight[e / 2] += s[0][t][e];
+                    s[0][t][e] = device::rounded<B::precision>(s[0][t][e]);
+                }
+            device::multiply_rows<B::precision, keys>(o, device::Rows16<B::precision, 1, keys>(s), v.transposed(), column0, j, lane_id);
+        }
+        matrix.template multiply<false>(o, queries, column0, lane_id);
+        if (call.divides) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                weight[i] += __shfl_xor_sync(0xffffffffu, weight[i], 1);
+                weight[i] += __shfl_xor_sync(0xffffffffu, weight[i], 2);
             }
-            matrix(n).template multiply<false>(o, queries, column0, lane_id);
-            if (call.divides) {
+            multiply_column<T, dim>(weight, queries, matrix.z, lane_id);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    weight[i] += __shfl_xor_sync(0xffffffffu, weight[i], 1);
-                    weight[i] += __shfl_xor_sync(0xffffffffu, weight[i], 2);
-                }
-                multiply_column<T, dim>(weight, queries, matrix(n).z, lane_id);
+            for (int i = 0; i < 2; ++i) {
+                const int r = row0 + lane.group + 8 * i;
+                if (kept_weights && column0 == 0 && lane.quad == 0 && r < rows(n))
+                    kept_weights[(span.batch * shape.length + span.row + n * chunk + r) * shape.query_heads + h * group + g] = weight[i];
+                // In two steps: the reciprocal of a small float is none.
+                const float up = fabsf(weight[i]) < 0x1p-60f ? 0x1p80f : 1.0f, over = weight[i] == 0.0f ? 0.0f : 1.0f / (weight[i] * up);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int r = row0 + lane.group + 8 * i;
-                    if (kept_weights && column0 == 0 && lane.quad == 0 && r < rows(n))
-                        kept_weights[(span.batch * shape.length + span.row + n * chunk + r) * shape.query_heads + h * group + g] = weight[i];
-                    const float over = weight[i] == 0.0f ? 0.0f : 1.0f / weight[i];
+                for (int t = 0; t < tiles; ++t)
 #pragma unroll
-                    for (int t = 0; t < tiles; ++t)
-#pragma unroll
-                        for (int e = 0; e < 2; ++e) o[0][t][2 * i + e] *= over;
-                }
+                    for (int e = 0; e < 2; ++e) o[0][t][2 * i + e] = o[0][t][2 * i + e] * up * over;
             }
         }
         const bool advances = g + 1 == group && (n + 1 < chunks || !span.last || out.sT || out.zT);
-        if constexpr (R::makes_state) {
-            if (kept_records && g == 0 && (n * chunk) % segment == 0) {
-                // Spans begin where segments do.
-                const Index first = shape.packed() ? device::first_tile(call.in.cu_seqlens, span.sequence, shape.length, segment) : span.sequence * ceil_div(shape.length, segment);
-                state.store(kept_records + ((first + (static_cast<Index>(span.index) * size + n * chunk) / segment) * shape.kv_heads + h) * B::record);
-            }
-            if (advances) {
-                add_outer<T, dim>(state, k, v, lane_id);
-                if (call.divides) add_sum<T, dim>(state, k, nullptr, lane_id);
-            }
+        if (kept_records && g == 0 && (n * chunk) % segment == 0) {
+            // Spans begin where segments do.
+            const Index first = shape.packed() ? device::first_tile(call.in.cu_seqlens, span.sequence, shape.length, segment) : span.sequence * ceil_div(shape.length, segment);
+            state.store(kept_records + ((first + (static_cast<Index>(span.index) * size + n * chunk) / segment) * shape.kv_heads + h) * B::record);
         }
-        if (!B::splits) role.wait_for_all();
-        if constexpr (R::makes_state)
-            if (advances) matrix(n + 1).put(state);
-        if constexpr (R::makes_rows) {
-            if (B::splits && B::column_groups > 1) role.wait_for_role();
-            take_out<T, dim>(o[0], q, row0, column0, device::Rows<T>(out.o, span.batch, span.row + n * chunk, h * group + g, rows(n), wide_o), lane_id);
+        if (advances) {
+            add_outer<T, dim>(state, k, v, lane_id);
+            if (call.divides) add_sum<T, dim>(state, k, nullptr, lane_id);
         }
+        __syncthreads();
+        if (advances) matrix.put(state);
+        take_out<T, dim>(o[0], q, row0, column0, device::Rows<T>(out.o, span.batch, span.row + n * chunk, h * group + g, rows(n), wide_o), lane_id);
     }
     if (!span.last || !(out.sT || out.zT)) return;
-    role.wait_for_all();
-    if constexpr (R::makes_state) state.store(own);
-    role.wait_for_all();
+    __syncthreads();
+    state.store(own);
+    __syncthreads();
     take_record<T, dim>(own, out.sT, out.zT, span.sequence, h, thread);
 }
-template <class T, int dim>
-__global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void forward_kernel(const __grid_constant__ Call<T> call, int size, const float* entry,
-                                                                         const __grid_constant__ Outputs<T> out, bool wide_o, float* kept_records, float* kept_weights) {
-    with_role<T, dim>([&](auto role) { walk_forward<T, dim>(role, call, size, entry, out, wide_o, kept_records, kept_weights); });
-}
-
-}  // namespace INTERSTATE_KERNELS
 
 /// Blocks that a forward wants beside each other, and rows of a head that one walks through: a multiple of the segment.
 inline constexpr Index wanted_blocks = 112;
@@ -237,5 +216,6 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T>& in
                   static_cast<const float*>(records), out, device::moves_wide(out.o, s.value_dim), kept_records, kept_weights);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace linear_attention::detail
 }  // namespace interstate::inline INTERSTATE_ABI
