@@ -57,7 +57,7 @@ void expect_close_in_every_dtype(const Options& options, const Case& c, cpu exec
     expect_close<f32, float>(options, c, exec, run);
     expect_close<f32, double>(options, c, exec, run);
     expect_close<f16, float>(options, c, exec, run);
-    expect_close<bf16, double>(options, c, exec, run);
+    expect_close<bf16, float>(options, c, exec, run);
 }
 Case of_form(const Options& options, SdCase o, std::uint64_t seed) {
     o.lse = options.softmax();

@@ -46,18 +46,6 @@ enum class Move : std::int32_t {
     elements,  // one by one
 };
 
-/// Keeps the compiler from computing a number, or a pointer to global memory, again wherever it is used.
-__device__ inline int kept(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-template <class E>
-__device__ E* kept(E* p) {
-    asm volatile("" : "+l"(p));
-    __builtin_assume(__isGlobal(p));
-    return p;
-}
-
 /// A lane's channels: E in a row or, where RoPE turns channels of both halves, E/2 of each.
 template <class T, int E>
 struct Lane {
@@ -82,7 +70,7 @@ struct Lane {
     __device__ P* first(P* head, const View<P, 4>& x) const { return head + start * x.stride[3]; }
     __device__ Move move(bool wide) const {
         const Move move = !wide ? Move::elements : limit <= 0 ? Move::none : halves ? Move::halves : Move::whole;
-        return static_cast<Move>(kept(static_cast<int>(move)));
+        return static_cast<Move>(device::kept(static_cast<int>(move)));
     }
 
     template <int bytes>
@@ -361,7 +349,7 @@ struct TeamBlock {
     __device__ void walk(const Problem<T>& p, const TeamPlan& plan, Fetch&& fetch, Run&& run) const {
         constexpr unsigned lead = team_stages - 1;
         const int total = static_cast<int>(count(plan)), chunks = (total + plan.chunk - 1) / plan.chunk;
-        const int ring = kept(3 * plan.chunk), kinds = kept(h < p.s.heads ? -1 : 0);
+        const int ring = device::kept(3 * plan.chunk), kinds = device::kept(h < p.s.heads ? -1 : 0);
         const TeamRow* const own = rows + stretch * ring;
         int now = 0, ahead = 0;
         for (int c = -2; c < chunks; ++c) {
@@ -530,8 +518,8 @@ __global__ void __launch_bounds__(forward_threads, sizeof(T) == 8 ? 1 : 2) team_
         parked_scale.put(scale);
         parked_bias.put(bias);
     }
-    const T* const x = kept(lane.first(p.x.data + block.h * p.x.stride[2], p.x));
-    T* const y = kept(lane.first(p.y.data + block.h * p.y.stride[2], p.y));
+    const T* const x = device::kept(lane.first(p.x.data + block.h * p.x.stride[2], p.x));
+    T* const y = device::kept(lane.first(p.y.data + block.h * p.y.stride[2], p.y));
     const Move move_x = lane.move(p.wide_x), move_y = lane.move(p.wide_y);
     block.walk(
         p, plan,
@@ -606,9 +594,9 @@ __global__ void __launch_bounds__(backward_threads, 2)
     A scale[E], pending[taps][E] = {};  // pending[k]: de of the token k before the last
     A sum_scale[E] = {}, sum_bias[E] = {}, sum_conv_bias[E] = {}, sum_weight[taps][E] = {};
     lane.load(p.scale, 0, p.scale.stride[0], scale, A(1));
-    const T* const x = kept(lane.first(p.x.data + block.h * p.x.stride[2], p.x));
-    const T* const dy = kept(lane.first(p.dy.data + block.h * p.dy.stride[2], p.dy));
-    T* const dx = kept(lane.first(p.dx.data + block.h * p.dx.stride[2], p.dx));
+    const T* const x = device::kept(lane.first(p.x.data + block.h * p.x.stride[2], p.x));
+    const T* const dy = device::kept(lane.first(p.dy.data + block.h * p.dy.stride[2], p.dy));
+    T* const dx = device::kept(lane.first(p.dx.data + block.h * p.dx.stride[2], p.dx));
     const Move move_x = lane.move(p.wide_x), move_dy = lane.move(p.wide_dy), move_dx = lane.move(p.wide_dx);
     block.walk(
         p, plan,

@@ -38,6 +38,19 @@ __device__ T store_as(A x) {
     }
 }
 
+/// Hides where a number, or a pointer to global memory, comes from: it is not computed again wherever it is used, nor is what a loop computes of it
+/// computed before the loop, where it would take registers from everything in it.
+__device__ inline int kept(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+template <class E>
+__device__ E* kept(E* p) {
+    asm volatile("" : "+l"(p));
+    __builtin_assume(__isGlobal(p));
+    return p;
+}
+
 /// 2^x.
 __device__ inline float exp2_of(float x) {
     float y;

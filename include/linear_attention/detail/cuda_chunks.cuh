@@ -20,13 +20,13 @@ template <class T>
 struct Form {
     using Element = float;
     static constexpr device::Precision precision = std::is_same_v<T, f16> ? device::Precision::cut : device::Precision::exact;
-    static constexpr int chunk = 32, state_parts = 1, warps = 4;  // of a block for 64 columns
+    static constexpr int chunk = 32, state_parts = 1;
 };
 template <>
 struct Form<bf16> {
     using Element = bf16;
     static constexpr device::Precision precision = device::Precision::bfloat;
-    static constexpr int chunk = 64, state_parts = 2, warps = 4;
+    static constexpr int chunk = 64, state_parts = 2;
 };
 
 /// A block for heads of up to `dim` columns. A warp has 16 rows and a group of columns, of a product with a row for each token as of a state.
@@ -34,22 +34,20 @@ template <class T, int dim>
 struct Block {
     using E = typename Form<T>::Element;
     static constexpr device::Precision precision = Form<T>::precision;
-    static constexpr int chunk = Form<T>::chunk, parts = Form<T>::state_parts, warps = dim == 64 ? Form<T>::warps : 8, threads = 32 * warps;
+    static constexpr int chunk = Form<T>::chunk, parts = Form<T>::state_parts, warps = dim == 64 ? 4 : 8, threads = 32 * warps;
     static constexpr int row_groups = chunk / 16, column_groups = warps / row_groups, columns = dim / column_groups;
-    static constexpr int state_rows = dim / 16, state_columns = dim / (warps / state_rows);
     using Tile = device::Swizzled<E, chunk, dim>;
     using Matrix = device::Swizzled<E, dim, dim>;
     static constexpr int blocks = dim == 64 ? 2 : 1;  // a multiprocessor
     /// A record of a state: S, row by row, then z.
     static constexpr int record = dim * dim + dim;
-    /// With two stages of as many tiles, and as many floats.
     static constexpr std::size_t shared(int tiles, int floats) {
-        return sizeof(E) * (2 * tiles * Tile::size + parts * Matrix::size) + sizeof(float) * static_cast<std::size_t>(floats);
+        return sizeof(E) * (tiles * Tile::size + parts * Matrix::size) + sizeof(float) * static_cast<std::size_t>(dim + floats);
     }
-    static constexpr std::size_t sum_shared = shared(2, 0) - sizeof(E) * parts * Matrix::size;
-    static constexpr std::size_t forward_shared = shared(3, dim);
-    static constexpr std::size_t query_shared = shared(4, dim + (2 + column_groups) * chunk);
-    static constexpr std::size_t key_shared = shared(4, dim + 2 * chunk);
+    static constexpr std::size_t sum_shared = sizeof(E) * 4 * Tile::size;
+    static constexpr std::size_t forward_shared = shared(6, 0);
+    static constexpr std::size_t query_shared = shared(8, (3 + column_groups) * chunk);
+    static constexpr std::size_t key_shared = shared(8, 4 * chunk);
     static constexpr std::size_t most_shared = std::max(query_shared, key_shared);
 };
 
@@ -79,8 +77,8 @@ Call<T> call_of(const Options& options, const Inputs<T>& in) {
 
 inline namespace INTERSTATE_KERNELS {
 
-/// phi of eq. 1.
-__device__ inline float feature_of(float x) { return x > 0.0f ? x + 1.0f : device::exp2_of(x * 1.44269504f); }
+/// phi of eq. 1, without a branch: max(x, 0) + exp(min(x, 0)).
+__device__ inline float feature_of(float x) { return fmaxf(x, 0.0f) + device::exp2_of(fminf(x, 0.0f) * 1.44269504f); }
 
 /// x as a factor of products has it.
 template <class T>
@@ -120,17 +118,19 @@ struct Span {
 template <class T, int dim>
 struct StateRows {
     using B = Block<T, dim>;
-    static constexpr int tiles = B::state_columns / 8;
+    static constexpr int row_groups = dim / 16, columns = dim / (B::warps / row_groups), tiles = columns / 8;
     float s[tiles][4], z[2];
+    int thread = static_cast<int>(threadIdx.x);
 
     __device__ void clear() {
         device::clear(s);
         z[0] = z[1] = 0.0f;
     }
-    __device__ static int first_row() { return static_cast<int>(threadIdx.x) / 32 % B::state_rows * 16; }
-    __device__ static int first_column() { return static_cast<int>(threadIdx.x) / 32 / B::state_rows * B::state_columns; }
-    __device__ static int row(int e) { return first_row() + static_cast<int>(threadIdx.x) % 32 / 4 + e / 2 * 8; }
-    __device__ static int column(int t) { return first_column() + 8 * t + static_cast<int>(threadIdx.x) % 4 * 2; }
+    __device__ int first_row() const { return thread / 32 % row_groups * 16; }
+    __device__ int first_column() const { return thread / 32 / row_groups * columns; }
+    __device__ bool has_sum() const { return first_column() == 0; }
+    __device__ int row(int e) const { return first_row() + thread % 32 / 4 + e / 2 * 8; }
+    __device__ int column(int t) const { return first_column() + 8 * t + thread % 4 * 2; }
 
     /// From a record and to one.
     __device__ void load(const float* record) {
@@ -150,7 +150,7 @@ struct StateRows {
         for (int e = 0; e < 4; e += 2) {
 #pragma unroll
             for (int t = 0; t < tiles; ++t) *reinterpret_cast<float2*>(record + row(e) * dim + column(t)) = {s[t][e], s[t][e + 1]};
-            if (column(0) == 0) record[dim * dim + row(e)] = z[e / 2];
+            if (has_sum() && thread % 4 == 0) record[dim * dim + row(e)] = z[e / 2];
         }
     }
 };
@@ -188,11 +188,37 @@ struct Transposed16 {
     }
 };
 
-/// S += X^T Y and z += X^T weight over the tokens of a chunk; weights are ones where null, and not asked for without `sums`.
+/// sum += a (16 rows, over k) times a column of numbers, ones where null, of which what rounding takes is a second column. In every lane of a row.
+template <class T, int count, class A>
+__device__ void multiply_column(float (&sum)[2], const A& a, const float* x, int lane) {
+    constexpr device::Precision precision = Form<T>::precision;
+    float c[1][4];
+    device::clear(c);
+    device::Sums<precision, 1> of(c);
+#pragma unroll
+    for (int k = 0; k < count; k += device::depth<precision>) {
+        device::Factors<float, precision, 2> fa;
+        device::Factors<float, precision, 1> fx;
+        a.load(fa, 0, k);
+#pragma unroll
+        for (int pair = 0; pair < device::k_pairs<precision>; ++pair) {
+            const int at = k + 8 * pair + lane % 4 * 2;
+            const float x0 = x ? x[at] : 1.0f, x1 = x ? x[at + 1] : 1.0f, kept0 = rounding<T>(x0), kept1 = rounding<T>(x1);
+            const float y0 = lane < 4 ? kept0 : x0 - kept0, y1 = lane < 4 ? kept1 : x1 - kept1;
+            fx.set(0, pair, lane < 8 ? y0 : 0.0f, lane < 8 ? y1 : 0.0f);
+        }
+        of.add(0, fa, fx);
+    }
+    of.finish();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) sum[i] += __shfl_sync(0xffffffffu, c[0][2 * i] + c[0][2 * i + 1], lane / 4 * 4);
+}
+
+/// S += X^T Y over the tokens of a chunk.
 template <class T, int dim>
-__device__ void add_outer(StateRows<T, dim>& state, const typename Block<T, dim>::Tile& x, const typename Block<T, dim>::Tile& y, bool sums, const float* weight, int lane) {
+__device__ void add_outer(StateRows<T, dim>& state, const typename Block<T, dim>::Tile& x, const typename Block<T, dim>::Tile& y, int lane) {
     using B = Block<T, dim>;
-    constexpr int chunk = B::chunk, tiles = B::state_columns / 8, part = tiles < 8 ? tiles : 8;
+    constexpr int chunk = B::chunk, tiles = state.tiles, part = tiles < 8 ? tiles : 8;
     const Transposed16<typename B::E, chunk, dim> rows(x, state.first_row(), lane);
 #pragma unroll
     for (int t0 = 0; t0 < tiles; t0 += part) {
@@ -205,48 +231,26 @@ __device__ void add_outer(StateRows<T, dim>& state, const typename Block<T, dim>
 #pragma unroll
             for (int e = 0; e < 4; ++e) state.s[t0 + t][e] += sum[0][t][e];
     }
-    if (!sums) return;
-    // A column of weights, and one of what rounding takes from them.
-    float sum[1][4];
-    device::clear(sum);
-    device::Sums<B::precision, 1> of(sum);
-#pragma unroll
-    for (int k = 0; k < chunk; k += device::depth<B::precision>) {
-        device::Factors<float, B::precision, 2> fx;
-        device::Factors<float, B::precision, 1> fw;
-        rows.load(fx, 0, k);
-#pragma unroll
-        for (int pair = 0; pair < device::k_pairs<B::precision>; ++pair) {
-            const int token = k + 8 * pair + lane % 4 * 2;
-            float w0 = weight ? weight[token] : 1.0f, w1 = weight ? weight[token + 1] : 1.0f;
-            if (lane / 4 == 0) {
-                w0 = rounding<T>(w0);
-                w1 = rounding<T>(w1);
-            } else if (lane / 4 == 1) {
-                w0 -= rounding<T>(w0);
-                w1 -= rounding<T>(w1);
-            }
-            if (lane / 4 > 1) w0 = w1 = 0.0f;
-            fw.set(0, pair, w0, w1);
-        }
-        of.add(0, fx, fw);
-    }
-    of.finish();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) state.z[i] += __shfl_sync(0xffffffffu, sum[0][2 * i] + sum[0][2 * i + 1], lane / 4 * 4);
+}
+/// z += X^T weight; ones where null.
+template <class T, int dim>
+__device__ void add_sum(StateRows<T, dim>& state, const typename Block<T, dim>::Tile& x, const float* weight, int lane) {
+    using B = Block<T, dim>;
+    if (state.has_sum()) multiply_column<T, B::chunk>(state.z, Transposed16<typename B::E, B::chunk, dim>(x, state.first_row(), lane), weight, lane);
 }
 
 /// A state as a right factor, to more bits than its dtype has, because one error in it is in every row of a chunk: in bfloat16 what rounding leaves of
-/// it and what it takes, else float to 22 bits.
+/// it and what it takes, else float to 22 bits; and z, as float.
 template <class T, int dim>
 struct StateMatrix {
     using B = Block<T, dim>;
     static constexpr device::Precision precision = B::precision == device::Precision::cut ? device::Precision::exact : B::precision;
     typename B::E* data;
+    float* z;
     __device__ typename B::Matrix part(int i) const { return {data + i * B::Matrix::size}; }
     __device__ void put(const StateRows<T, dim>& state) const {
 #pragma unroll
-        for (int e = 0; e < 4; e += 2)
+        for (int e = 0; e < 4; e += 2) {
 #pragma unroll
             for (int t = 0; t < state.tiles; ++t) {
                 const float x = state.s[t][e], y = state.s[t][e + 1];
@@ -258,6 +262,8 @@ struct StateMatrix {
                     device::put_pair(part(1).at(state.row(e), state.column(t)), x - of.x, y - of.y);
                 }
             }
+            if (state.has_sum() && state.thread % 4 == 0) z[state.row(e)] = state.z[e / 2];
+        }
     }
     /// c += rows of a times S (over m), columns n .. of it, or times S^T (over c), columns n .. of that.
     template <bool of_transpose, int tiles, class A>
@@ -364,8 +370,6 @@ __global__ __launch_bounds__(256) void scan_records_kernel(Shape shape, View<con
     if (is_sum ? static_cast<bool>(Z_end) && m < shape.head_dim : static_cast<bool>(S_end) && there) (is_sum ? Z_end(n, h, m) : S_end(n, h, m, c)) = sum;
 }
 
-}  // namespace INTERSTATE_KERNELS
-
 /// Launches the scan above.
 template <int dim>
 Status scan_records(const cuda& exec, const Shape& s, const View<const std::int32_t, 1>& cu, int size, bool backwards, float* records, const View<const float, 4>& S,
@@ -375,5 +379,6 @@ Status scan_records(const cuda& exec, const Shape& s, const View<const std::int3
                   Z_end);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace linear_attention::detail
 }  // namespace interstate::inline INTERSTATE_ABI

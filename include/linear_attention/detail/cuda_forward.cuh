@@ -43,11 +43,13 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
         __syncthreads();
         if (n + 1 < chunks) fetch(n + 1);
         if (n < 0) continue;
+        state.thread = device::kept(thread);
         if (call.elu1) {
             map_features<T, dim>(tile(n % 2 * 2), rows(n), call.shape.head_dim, thread);
             __syncthreads();
         }
-        add_outer<T, dim>(state, tile(n % 2 * 2), tile(n % 2 * 2 + 1), call.divides, nullptr, thread % 32);
+        add_outer<T, dim>(state, tile(n % 2 * 2), tile(n % 2 * 2 + 1), thread % 32);
+        if (call.divides) add_sum<T, dim>(state, tile(n % 2 * 2), nullptr, thread % 32);
     }
     state.store(records + (slot * call.shape.kv_heads + h) * B::record);
 }
@@ -62,21 +64,19 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
     extern __shared__ __align__(128) unsigned char memory[];
     const Shape& shape = call.shape;
     const Index slot = blockIdx.x / shape.kv_heads;
-    const int h = static_cast<int>(blockIdx.x % shape.kv_heads), thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane_id = thread % 32;
+    const int h = static_cast<int>(blockIdx.x % shape.kv_heads), thread = static_cast<int>(threadIdx.x);
     const Span span(shape, call.in.cu_seqlens, slot, size);
     if (!span.exists) return;
-    const device::Lane lane(lane_id);
     const int group = static_cast<int>(shape.group());
     auto* const data = reinterpret_cast<typename B::E*>(memory);
     const auto tile = [&](int i) { return typename B::Tile{data + i * B::Tile::size}; };
     const auto q_tile = [&](int step) { return tile(step % 2); };
     const auto k_tile = [&](int n) { return tile(2 + n % 2); };
     const auto v_tile = [&](int n) { return tile(4 + n % 2); };
-    const StateMatrix<T, dim> matrix{data + 6 * B::Tile::size};
-    auto* const z = reinterpret_cast<float*>(matrix.data + B::parts * B::Matrix::size);
+    const StateMatrix<T, dim> matrix{data + 6 * B::Tile::size, reinterpret_cast<float*>(data + 6 * B::Tile::size + B::parts * B::Matrix::size)};
     const int chunks = (span.count + chunk - 1) / chunk, steps = chunks * group;
     const auto rows = [&](int n) { return min(chunk, span.count - n * chunk); };
-    const auto fetch = [&](int step) {
+    const auto fetch = [&](int step, int thread) {
         const int n = step / group, g = step % group;
         const Index row = span.row + n * chunk;
         q_tile(step).template copy_in<threads>(device::Rows<const T>(call.in.q, span.batch, row, h * group + g, rows(n), call.wide_q), thread);
@@ -94,29 +94,21 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
         __syncthreads();
     }
     state.load(enters ? entry + (slot * shape.kv_heads + h) * B::record : own);
-    const auto put_state = [&] {
-        matrix.put(state);
-        if (call.divides && state.column(0) == 0) {
-            z[state.row(0)] = state.z[0];
-            z[state.row(2)] = state.z[1];
-        }
-    };
-    put_state();
+    matrix.put(state);
 
-    const int row0 = warp % B::row_groups * 16, column0 = warp / B::row_groups * B::columns;
 #pragma unroll 1
     for (int step = -1; step < steps; ++step) {
+        const int thread = device::kept(static_cast<int>(threadIdx.x));
         device::wait_for_copies();
         __syncthreads();
-        if (step + 1 < steps) fetch(step + 1);
+        if (step + 1 < steps) fetch(step + 1, thread);
         if (step < 0) continue;
+        const int lane_id = thread % 32;
+        const device::Lane lane(lane_id);
+        state.thread = thread;
+        const int row0 = thread / 32 % B::row_groups * 16, column0 = thread / 32 / B::row_groups * B::columns;
         const int n = step / group, g = step % group;
         const auto q = q_tile(step), k = k_tile(n), v = v_tile(n);
-        if (kept_records && g == 0 && (n * chunk) % segment == 0) {
-            // Spans begin where segments do.
-            const Index first = shape.packed() ? device::first_tile(call.in.cu_seqlens, span.sequence, shape.length, segment) : span.sequence * ceil_div(shape.length, segment);
-            state.store(kept_records + ((first + (static_cast<Index>(span.index) * size + n * chunk) / segment) * shape.kv_heads + h) * B::record);
-        }
         if (call.elu1) {
             map_features<T, dim>(q, rows(n), shape.head_dim, thread);
             if (g == 0) map_features<T, dim>(k, rows(n), shape.head_dim, thread);
@@ -143,34 +135,37 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
         }
         matrix.template multiply<false>(o, queries, column0, lane_id);
         if (call.divides) {
-            // phi(q).z of a row by two lanes, half of the columns each; then who holds the row asks for it.
-            float dot = 0.0f;
-            const int row = row0 + lane_id / 2, half = lane_id % 2 * (dim / 2);
-#pragma unroll
-            for (int c = 0; c < dim / 2; c += 2) {
-                const float2 x = device::get_pair(q.at(row, half + c));
-                dot = fmaf(x.x, z[half + c], fmaf(x.y, z[half + c + 1], dot));
-            }
-            dot += __shfl_xor_sync(0xffffffffu, dot, 1);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 weight[i] += __shfl_xor_sync(0xffffffffu, weight[i], 1);
                 weight[i] += __shfl_xor_sync(0xffffffffu, weight[i], 2);
-                weight[i] += __shfl_sync(0xffffffffu, dot, 2 * (lane.group + 8 * i));
+            }
+            multiply_column<T, dim>(weight, queries, matrix.z, lane_id);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
                 const int r = row0 + lane.group + 8 * i;
                 if (kept_weights && column0 == 0 && lane.quad == 0 && r < rows(n))
                     kept_weights[(span.batch * shape.length + span.row + n * chunk + r) * shape.query_heads + h * group + g] = weight[i];
-                const float over = weight[i] == 0.0f ? 0.0f : 1.0f / weight[i];
+                // In two steps: the reciprocal of a small float is none.
+                const float up = fabsf(weight[i]) < 0x1p-60f ? 0x1p80f : 1.0f, over = weight[i] == 0.0f ? 0.0f : 1.0f / (weight[i] * up);
 #pragma unroll
                 for (int t = 0; t < tiles; ++t)
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) o[0][t][2 * i + e] *= over;
+                    for (int e = 0; e < 2; ++e) o[0][t][2 * i + e] = o[0][t][2 * i + e] * up * over;
             }
         }
         const bool advances = g + 1 == group && (n + 1 < chunks || !span.last || out.sT || out.zT);
-        if (advances) add_outer<T, dim>(state, k, v, call.divides, nullptr, lane_id);
+        if (kept_records && g == 0 && (n * chunk) % segment == 0) {
+            // Spans begin where segments do.
+            const Index first = shape.packed() ? device::first_tile(call.in.cu_seqlens, span.sequence, shape.length, segment) : span.sequence * ceil_div(shape.length, segment);
+            state.store(kept_records + ((first + (static_cast<Index>(span.index) * size + n * chunk) / segment) * shape.kv_heads + h) * B::record);
+        }
+        if (advances) {
+            add_outer<T, dim>(state, k, v, lane_id);
+            if (call.divides) add_sum<T, dim>(state, k, nullptr, lane_id);
+        }
         __syncthreads();
-        if (advances) put_state();
+        if (advances) matrix.put(state);
         take_out<T, dim>(o[0], q, row0, column0, device::Rows<T>(out.o, span.batch, span.row + n * chunk, h * group + g, rows(n), wide_o), lane_id);
     }
     if (!span.last || !(out.sT || out.zT)) return;
@@ -179,8 +174,6 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
     __syncthreads();
     take_record<T, dim>(own, out.sT, out.zT, span.sequence, h, thread);
 }
-
-}  // namespace INTERSTATE_KERNELS
 
 /// Blocks that a forward wants beside each other, and rows of a head that one walks through: a multiple of the segment.
 inline constexpr Index wanted_blocks = 112;
@@ -223,5 +216,6 @@ Status run_forward(const cuda& exec, const Options& options, const Inputs<T>& in
                   static_cast<const float*>(records), out, device::moves_wide(out.o, s.value_dim), kept_records, kept_weights);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace linear_attention::detail
 }  // namespace interstate::inline INTERSTATE_ABI

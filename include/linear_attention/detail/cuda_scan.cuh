@@ -190,8 +190,6 @@ __global__ __launch_bounds__(128) void divide_rows_kernel(const __grid_constant_
     call.row(b, t, h, s.value_dim) = -along;
 }
 
-}  // namespace INTERSTATE_KERNELS
-
 template <Scan pass, class T>
 Status launch_scan(const cuda& exec, const ScanCall<T>& call, double* x) {
     const Index doubles = scan_doubles(scan_rows(call.shape, call.divides, pass)), bytes = doubles * Index{sizeof(double)};
@@ -228,5 +226,6 @@ Status run_scan_backward(const cuda& exec, const Options& options, const Inputs<
     return {};
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace linear_attention::detail
 }  // namespace interstate::inline INTERSTATE_ABI

@@ -101,8 +101,6 @@ __global__ __launch_bounds__(step_threads, most == 1 ? 4 : 2) void step_kernel(F
     }
 }
 
-}  // namespace INTERSTATE_KERNELS
-
 /// May V elements of a row of the state move at once?
 template <class A>
 bool moves_at_once(const View<A, 4>& s, Index V) {
@@ -125,5 +123,6 @@ Status run_step(const cuda& exec, const Options& options, const State<acc_t<T>>&
                   options.divides(), s.head_dim, s.value_dim, state, token, out);
 }
 
+}  // namespace INTERSTATE_KERNELS
 }  // namespace linear_attention::detail
 }  // namespace interstate::inline INTERSTATE_ABI
