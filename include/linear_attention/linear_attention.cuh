@@ -82,6 +82,8 @@ inline std::size_t workspace_size(const cuda&, const Options& options, const Sha
 inline KernelChoice which_kernel(const cuda&, const Options&, const Shape& s) {
     if (s.dtype == DType::f64) return {"linear_attention.cuda.scan", "float64: token by token, no tensor cores"};
     if (s.head_dim > 128 || s.value_dim > 128) return {"linear_attention.cuda.scan", "heads of more than 128 columns: token by token, in float64"};
+    if (std::size_t limit = 0; !shared_memory_limit(limit).ok())
+        return {"linear_attention.cuda.chunked or scan", "there is no device to ask for its shared memory: tensor cores where it suffices, else token by token"};
     const bool fits = dispatch_dtype(s.dtype, [&](auto t) { return detail::dispatch_dim<decltype(t)>(s, [](auto dim) { return dim > 0; }); });
     if (s.query_heads == 0) return {"linear_attention.cuda.scan", "no queries"};
     if (!fits) return {"linear_attention.cuda.scan", "a block of this device has too little shared memory: token by token, in float64"};

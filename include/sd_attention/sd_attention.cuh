@@ -166,6 +166,8 @@ inline std::size_t workspace_size(const cuda& exec, const Options& options, cons
 inline KernelChoice which_kernel(const cuda&, const Options&, const Shape& s) {
     if (s.dtype == DType::f64) return {"sd_attention.cuda.general", "float64: no tensor cores"};
     if (s.channels > 128) return {"sd_attention.cuda.general", "heads of more than 128 channels: the projection without tensor cores"};
+    if (std::size_t limit = 0; !shared_memory_limit(limit).ok())
+        return {"sd_attention.cuda.projected or general", "there is no device to ask for its shared memory: the projection on tensor cores where it suffices"};
     const bool fits = dispatch_dtype(s.dtype, [&](auto t) { return detail::dispatch_dim<decltype(t)>(s, [](auto dim) { return dim > 0; }); });
     if (!fits) return {"sd_attention.cuda.general", "a block of this device has too little shared memory: the projection without tensor cores"};
     return {"sd_attention.cuda.projected", "the projection on tensor cores; 16 bytes at once where strides and alignment allow it, single elements otherwise"};

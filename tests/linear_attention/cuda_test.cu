@@ -205,6 +205,15 @@ void sizes(Checks& checks) {
     for (const char* name : {"out.o", "grad.q", "grad.k"})
         for (const double x : values(got, name))
             if (x != 0.0) checks.expect(false, name, "must be zero without weights");
+    // A key that is no number is in every row's sum.
+    c = make({.length = 90, .head_dim = 64, .value_dim = 64, .states = false}, 11);
+    values(c, "k")[0] = std::nan("");
+    checks.expect(run_case<Operator, bf16, float>(gpu, {.feature_map = FeatureMap::elu1}, c, got).ok(), "NaN", "runs");
+    for (const double x : values(got, "out.o"))
+        if (!std::isnan(x)) checks.expect(false, "NaN", "must be in every row");
+    // One token, whose stride nobody needs.
+    c = make({.batch = 2, .length = 1, .head_dim = 64, .value_dim = 64, .states = false}, 11);
+    for (const Layout layout : {Layout::reversed, Layout::padded}) every_dtype(checks, {}, c, {.layout = layout});
     expect_close<bf16>(checks, {.feature_map = FeatureMap::elu1}, make({.length = 2500, .head_dim = 64, .value_dim = 64, .states = false}, 12));
     expect_close<f32>(checks, {.feature_map = FeatureMap::elu1}, make({.length = 2500, .head_dim = 64, .value_dim = 64, .states = false}, 12));
 }

@@ -58,6 +58,13 @@ __device__ inline float exp2_of(float x) {
     return y;
 }
 
+/// The smaller of two, and NaN where either is, which fminf drops.
+__device__ inline float least_of(float x, float y) {
+    float least;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(least) : "f"(x), "f"(y));
+    return least;
+}
+
 /// Two elements that lie side by side, the first in the lower half of a register.
 template <class T>
 using Pair = std::conditional_t<sizeof(T) == 2, std::uint32_t, std::conditional_t<sizeof(T) == 4, float2, double2>>;

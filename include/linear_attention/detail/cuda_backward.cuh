@@ -173,8 +173,8 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
 #pragma unroll
                 for (int t = 0; t < tiles; ++t) {
                     const float2 x = device::get_pair(q.at(row0 + lane.group + i / 2 * 8, column0 + 8 * t + 2 * lane.quad));
-                    dx[0][t][i] *= fminf(x.x, 1.0f);
-                    dx[0][t][i + 1] *= fminf(x.y, 1.0f);
+                    dx[0][t][i] *= device::least_of(x.x, 1.0f);
+                    dx[0][t][i + 1] *= device::least_of(x.y, 1.0f);
                 }
         const bool advances = g + 1 == group && n + 1 < chunks;
         if (advances) {
@@ -321,8 +321,8 @@ __global__ __launch_bounds__(Block<T, dim>::threads, Block<T, dim>::blocks) void
 #pragma unroll
                 for (int t = 0; t < tiles; ++t) {
                     const float2 x = device::get_pair(k.at(row0 + lane.group + i / 2 * 8, column0 + 8 * t + 2 * lane.quad));
-                    of_k[0][t][i] *= fminf(x.x, 1.0f);
-                    of_k[0][t][i + 1] *= fminf(x.y, 1.0f);
+                    of_k[0][t][i] *= device::least_of(x.x, 1.0f);
+                    of_k[0][t][i + 1] *= device::least_of(x.y, 1.0f);
                 }
         __syncthreads();
         if (n > 0) matrix.put(adjoint);

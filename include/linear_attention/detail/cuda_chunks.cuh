@@ -78,7 +78,7 @@ Call<T> call_of(const Options& options, const Inputs<T>& in) {
 inline namespace INTERSTATE_KERNELS {
 
 /// phi of eq. 1, without a branch: max(x, 0) + exp(min(x, 0)).
-__device__ inline float feature_of(float x) { return fmaxf(x, 0.0f) + device::exp2_of(fminf(x, 0.0f) * 1.44269504f); }
+__device__ inline float feature_of(float x) { return fmaxf(x, 0.0f) + device::exp2_of(device::least_of(x, 0.0f) * 1.44269504f); }
 
 /// x as a factor of products has it.
 template <class T>
