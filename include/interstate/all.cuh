@@ -6,6 +6,7 @@
 #include <interstate/verify.cuh>
 
 #include <attention/attention.cuh>
+#include <component_attention/component_attention.cuh>
 #include <feature_map/feature_map.cuh>
 #include <gate/gate.cuh>
 #include <interdomain/interdomain.cuh>

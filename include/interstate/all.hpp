@@ -13,6 +13,7 @@
 #include <interstate/workspace.hpp>
 
 #include <attention/attention.hpp>
+#include <component_attention/component_attention.hpp>
 #include <feature_map/feature_map.hpp>
 #include <gate/gate.hpp>
 #include <interdomain/interdomain.hpp>

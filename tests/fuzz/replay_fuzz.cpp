@@ -164,6 +164,7 @@ const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"op", "sisa"},
                                                        {"op", "sd_attention"},
                                                        {"op", "linear_attention"},
+                                                       {"op", "component_attention"},
                                                        {"feature_map", "elu1"},
                                                        {"feature_map", "identity"},
                                                        {"normalized", "true"},
@@ -172,6 +173,7 @@ const std::pair<const char*, const char*> options[] = {{"op", "s4d"},
                                                        {"normalizer", "softmax"},
                                                        {"normalizer", "elu1"},
                                                        {"component", "routing"},
+                                                       {"component", "filtering"},
                                                        {"mode", "exact"},
                                                        {"mode", "published"},
                                                        {"clamp", "0.5"},
@@ -275,6 +277,16 @@ Shapes attention_shapes(Sketch& s) {
     if (sigmoid && s.optional) shapes.push_back({"bias", {Hq}});
     if (s.gradients) shapes.push_back({"dout.o", {s.batch, Lq, Hq, dv}});
     if (s.gradients && s.optional && !sigmoid) shapes.push_back({"dout.lse", {s.batch, Lq, Hq}});
+    return shapes;
+}
+
+Shapes component_attention_shapes(Sketch& s) {
+    const char* const components[] = {"both", "routing", "filtering"};
+    s.options["component"] = any(s.random, components);
+    Shapes shapes = attention_shapes(s);  // q and k come first
+    const std::int64_t length = shapes[1].second[1];
+    for (auto& [name, shape] : shapes)
+        if (shape.size() > 1) shape[1] = length;
     return shapes;
 }
 
@@ -410,6 +422,7 @@ const Maker makers[] = {{"s4d", s4d_shapes},
                         {"random_features", random_features_shapes},
                         {"gate", gate_shapes},
                         {"sisa", sisa_shapes},
+                        {"component_attention", component_attention_shapes},
                         {"linear_attention", linear_attention_shapes},
                         {"sd_attention", sd_attention_shapes},
                         {"sd_decomposition", sd_decomposition_shapes}};

@@ -12,10 +12,10 @@ namespace interstate::test {
 
 /// NaN in the rows of the named tensors that belong to no sequence must not change a bit of any result.
 template <class Op>
-void expect_margins_unread(Checks& checks, Case c, std::initializer_list<const char*> names) {
+void expect_margins_unread(Checks& checks, Case c, std::initializer_list<const char*> names, const typename Op::Options& options = {}) {
     const interstate::cuda exec;
     Case clean, dirty;
-    Status s = run_case<Op, float, float>(exec, {}, c, clean);
+    Status s = run_case<Op, float, float>(exec, options, c, clean);
     checks.expect(s.ok(), "packed", s.message());
     const auto& offsets = c.tensors.at("cu_seqlens").values;
     for (const char* name : names) {
@@ -26,7 +26,7 @@ void expect_margins_unread(Checks& checks, Case c, std::initializer_list<const c
             if (t < offsets.front() || t >= offsets.back()) x.values[i] = std::nan("");
         }
     }
-    s = run_case<Op, float, float>(exec, {}, c, dirty);
+    s = run_case<Op, float, float>(exec, options, c, dirty);
     checks.expect(s.ok(), "packed", s.message());
     for (const auto& [name, tensor] : clean.tensors)
         checks.expect(tensor.values == dirty.tensors[name].values, name.c_str(), "rows of no sequence must not be read");

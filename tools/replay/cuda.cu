@@ -1,4 +1,5 @@
 #include <attention/attention.cuh>
+#include <component_attention/component_attention.cuh>
 #include <feature_map/feature_map.cuh>
 #include <gate/gate.cuh>
 #include <interdomain/interdomain.cuh>
@@ -18,6 +19,7 @@ namespace {
 
 constexpr Entry<cuda> cuda_operators[] = {
     run_operator<attention::Operator, cuda>(),
+    run_operator<component_attention::Operator, cuda>(),
     run_operator<feature_map::Operator, cuda>(),
     run_operator<gate::Operator, cuda>(),
     run_operator<interdomain::Operator, cuda>(),

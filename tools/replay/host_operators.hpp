@@ -3,6 +3,7 @@
 #pragma once
 
 #include <attention/attention.hpp>
+#include <component_attention/component_attention.hpp>
 #include <feature_map/feature_map.hpp>
 #include <gate/gate.hpp>
 #include <interdomain/interdomain.hpp>
@@ -20,6 +21,7 @@ namespace interstate::tools::replay {
 template <class Exec>
 inline constexpr Entry<Exec> host_operators[] = {
     run_operator<attention::Operator, Exec>(),
+    run_operator<component_attention::Operator, Exec>(),
     run_operator<feature_map::Operator, Exec>(),
     run_operator<gate::Operator, Exec>(),
     run_operator<interdomain::Operator, Exec>(),
