@@ -1,5 +1,6 @@
-// Attention by one component on the CPU beside attention of the same heads. Useful operations are those of attention: 4 L L d FLOPs a head forward, half of
-// them for causal, and 2.5 times that backward. The error is the worst of o, dq, dk and dv of the first head against the float64 reference.
+// Attention by one component on the CPU beside attention of the same heads. Useful operations are those of attention: 4 L L d FLOPs a head
+// forward, half of them for causal, and 2.5 times that backward. The error is the worst of o, dq, dk and dv of the first head against the
+// float64 reference.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -22,13 +23,26 @@ struct Problem {
     std::vector<char> memory;
 
     Problem(benchmark::State& state, Component component)
-        : H(state.range(0)), L(state.range(1)), d(state.range(2)), exec{.threads = static_cast<int>(state.range(3))}, options{.component = component}, q(size()), k(size()),
-          v(size()), dout(size()), o(size()), dq(size()), dk(size()), dv(size()), lse(static_cast<std::size_t>(L * H)) {
+        : H(state.range(0)),
+          L(state.range(1)),
+          d(state.range(2)),
+          exec{.threads = static_cast<int>(state.range(3))},
+          options{.component = component},
+          q(size()),
+          k(size()),
+          v(size()),
+          dout(size()),
+          o(size()),
+          dq(size()),
+          dk(size()),
+          dv(size()),
+          lse(static_cast<std::size_t>(L * H)) {
         for (std::size_t i = 0; i < size(); ++i) {
             const auto x = static_cast<float>(i % 9973);
             q[i] = std::sin(0.7f * x), k[i] = std::cos(1.3f * x), v[i] = std::cos(0.9f * x), dout[i] = std::sin(1.7f * x);
         }
-        memory.resize(std::max(workspace_size(exec, options, shape_of(inputs()), pass::forward), workspace_size(exec, options, shape_of(inputs()), pass::backward)));
+        memory.resize(std::max(workspace_size(exec, options, shape_of(inputs()), pass::forward),
+                               workspace_size(exec, options, shape_of(inputs()), pass::backward)));
     }
     std::size_t size() const { return static_cast<std::size_t>(L * H * d); }
     View<float, 4> all(std::vector<float>& x) const { return view(x.data(), {1, L, H, d}); }
@@ -38,7 +52,8 @@ struct Problem {
     Workspace workspace() { return {memory.data(), memory.size()}; }
     void forward() { check(component_attention::forward(exec, options, inputs(), outputs(), Saved{}, workspace())); }
     void backward() {
-        check(component_attention::backward(exec, options, inputs(), outputs(), Saved{}, {.o = read(dout)}, {.q = all(dq), .k = all(dk), .v = all(dv)}, workspace()));
+        check(component_attention::backward(exec, options, inputs(), outputs(), Saved{}, {.o = read(dout)},
+                                            {.q = all(dq), .k = all(dk), .v = all(dv)}, workspace()));
     }
     double error(bool with_backward) {
         const auto first = [&](auto& x) { return view(x.data(), {1, L, 1, d}, {L * H * d, H * d, d, 1}); };
@@ -53,7 +68,8 @@ struct Problem {
         bench::Error e;
         e.add(first(o), first(o64));
         if (!with_backward) return e.worst();
-        check(component_attention::backward(reference{}, options, in, out, Saved{}, {.o = first(dout64)}, {.q = first(dq64), .k = first(dk64), .v = first(dv64)}, ws));
+        check(component_attention::backward(reference{}, options, in, out, Saved{}, {.o = first(dout64)},
+                                            {.q = first(dq64), .k = first(dk64), .v = first(dv64)}, ws));
         e.add(first(dq), first(dq64)), e.add(first(dk), first(dk64)), e.add(first(dv), first(dv64));
         return e.worst();
     }

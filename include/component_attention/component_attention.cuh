@@ -1,7 +1,7 @@
 // Attention by one component of its scores, public: the executor `cuda`. Equations, shapes and dtypes: docs/ops/component_attention.md.
 //
-// The same names and arguments as component_attention/component_attention.hpp, as overloads for `cuda`. Views point to device memory; calls are
-// asynchronous on exec.stream and allocate nothing, so that they can be captured in a CUDA graph.
+// The same names and arguments as component_attention/component_attention.hpp, as overloads for `cuda`. Views point to device memory; calls
+// are asynchronous on exec.stream and allocate nothing, so that they can be captured in a CUDA graph.
 #pragma once
 
 #include <attention/attention.cuh>
@@ -15,13 +15,13 @@ inline namespace INTERSTATE_KERNELS {
 /// o and lse are all that backward needs.
 inline std::size_t saved_size(const cuda&, const Options&, const Shape&) { return 0; }
 
-/// Bytes of scratch memory for a pass, on the current device: of one component pairs of queries and keys, values of groups of heads, in backward
-/// their gradients; and what attention needs.
+/// Bytes of scratch memory for a pass, on the current device: of one component pairs of queries and keys, values of groups of heads, in
+/// backward their gradients; and what attention needs.
 inline std::size_t workspace_size(const cuda& exec, const Options& options, const Shape& s, pass which) {
     return detail::pair_workspace_size(detail::DeviceRows{exec}, options, s, which);
 }
 
-/// Attention's own where it is asked as it is: both components, or no scores. Else attention's of heads twice as wide, of which the reason is.
+/// Attention's own where it is asked as it is: both components, or no scores. Else the reason is attention's, for heads twice as wide.
 inline KernelChoice which_kernel(const cuda& exec, const Options& options, const Shape& s) {
     const KernelChoice inner = attention::which_kernel(exec, detail::pair_options(options, s), detail::pair_shape(options, s));
     return detail::is_plain(options, s) ? inner : KernelChoice{"component_attention.cuda.pairs", inner.reason};

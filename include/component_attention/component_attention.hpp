@@ -22,7 +22,9 @@ namespace detail {
 struct HostRows {
     const cpu& exec;
 
-    std::size_t bytes(const attention::Options& options, const Shape& s, pass which) const { return attention::workspace_size(exec, options, s, which); }
+    std::size_t bytes(const attention::Options& options, const Shape& s, pass which) const {
+        return attention::workspace_size(exec, options, s, which);
+    }
 
     template <class F>
     void each_row(const Shape& s, F&& f) const {
@@ -64,8 +66,10 @@ struct HostRows {
                     return static_cast<T>(x);
                 };
                 for (Index d = 0; grads.k && d < s.head_dim; ++d)
-                    grads.k(b, t, kv, d) = sum([&](Index h) { return static_cast<A>(dk(b, t, h, d)) + sign * static_cast<A>(dq(b, t, h, s.head_dim + d)); });
-                for (Index d = 0; grads.v && memory.groups && d < s.value_dim; ++d) grads.v(b, t, kv, d) = sum([&](Index h) { return static_cast<A>(dv(b, t, h, d)); });
+                    grads.k(b, t, kv, d) =
+                        sum([&](Index h) { return static_cast<A>(dk(b, t, h, d)) + sign * static_cast<A>(dq(b, t, h, s.head_dim + d)); });
+                for (Index d = 0; grads.v && memory.groups && d < s.value_dim; ++d)
+                    grads.v(b, t, kv, d) = sum([&](Index h) { return static_cast<A>(dv(b, t, h, d)); });
             }
         });
         return {};
@@ -88,20 +92,20 @@ inline KernelChoice which_kernel(const cpu& exec, const Options& options, const 
 /// Bytes of `Saved`: none, o and lse are all that backward needs.
 inline std::size_t saved_size(const cpu&, const Options&, const Shape&) { return 0; }
 
-/// Bytes of scratch memory for a pass, for exec.threads threads (0: as many as OpenMP has now): of one component pairs of queries and keys, values
-/// of groups of heads, in backward their gradients; and what attention needs.
+/// Bytes of scratch memory for a pass, for exec.threads threads (0: as many as OpenMP has now): of one component pairs of queries and keys,
+/// values of groups of heads, in backward their gradients; and what attention needs.
 inline std::size_t workspace_size(const cpu& exec, const Options& options, const Shape& shape, pass which) {
     return detail::pair_workspace_size(detail::HostRows{exec}, options, shape, which);
 }
 
 /// o and, of softmax, lse (eq. 1 to 3).
 ///
-/// q (B, L, Hq, dh), k (B, L, Hkv, dh), v (B, L, Hkv, dv) and o (B, L, Hq, dv) of T = f64, f32, f16 or bf16; lse (B, L, Hq) of double for f64, else
-/// float, may be null. Any strides; Hq a multiple of Hkv. With cu_seqlens (S+1) B is 1. Outputs must not overlap inputs. Sums are double for f64 and
-/// float for all others.
+/// q (B, L, Hq, dh), k (B, L, Hkv, dh), v (B, L, Hkv, dv) and o (B, L, Hq, dv) of T = f64, f32, f16 or bf16; lse (B, L, Hq) of double for
+/// f64, else float, may be null. Any strides; Hq a multiple of Hkv. With cu_seqlens (S+1) B is 1. Outputs must not overlap inputs. Sums are
+/// double for f64 and float for all others.
 ///
-/// Errors, before anything is written: invalid_argument (options, shapes, null views, cu_seqlens), unsupported (an instruction set that this
-/// machine lacks), workspace_too_small.
+/// Errors, before anything is written: invalid_argument (options, shapes, null views, cu_seqlens), unsupported (an instruction set that
+/// this machine lacks), workspace_too_small.
 ///
 /// Source: the decomposition of a kernel into a skew-symmetric and a symmetric part, arXiv 2605.18826.
 template <class T>
@@ -115,11 +119,11 @@ Status forward(const cpu& requested, const Options& options, const Inputs<T>& in
     return detail::pair_forward(detail::HostRows{exec}, options, in, out, ws);
 }
 
-/// dq, dk and dv (eq. 4 and 5) from the inputs, forward's o and lse, and upstream gradients do and, optionally, dlse. Gradients have the shapes of the
-/// inputs, are overwritten, and one whose view is null is not computed. Errors as in forward.
+/// dq, dk and dv (eq. 4 and 5) from the inputs, forward's o and lse, and upstream gradients do and, optionally, dlse. Gradients have the
+/// shapes of the inputs, are overwritten, and one whose view is null is not computed. Errors as in forward.
 template <class T>
-Status backward(const cpu& requested, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved, const Upstream<T>& upstream,
-                const Grads<T>& grads, Workspace ws) {
+Status backward(const cpu& requested, const Options& options, const Inputs<T>& in, const Outputs<T>& out, Saved,
+                const Upstream<T>& upstream, const Grads<T>& grads, Workspace ws) {
     cpu exec;
     INTERSTATE_RETURN_IF_ERROR(resolve(requested, exec));
     INTERSTATE_RETURN_IF_ERROR(validate(options, in, out, upstream, grads));

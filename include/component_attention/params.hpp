@@ -1,4 +1,5 @@
-// Attention by one component of its scores: what goes in, what comes out, and how it is checked. Equations: docs/ops/component_attention.md.
+// Attention by one component of its scores: what goes in, what comes out, and how it is checked. Equations:
+// docs/ops/component_attention.md.
 #pragma once
 
 #include <string_view>
@@ -8,7 +9,8 @@
 namespace interstate::inline INTERSTATE_ABI {
 namespace component_attention {
 
-/// Which part of the matrix of scores weighs (docs/ops/component_attention.md, eq. 2): all of it, the skew-symmetric part or the symmetric one.
+/// Which part of the matrix of scores weighs (docs/ops/component_attention.md, eq. 2): all of it, the skew-symmetric part or the symmetric
+/// one.
 enum class Component : std::uint8_t { both, routing, filtering };
 using attention::Score;
 

@@ -14,8 +14,8 @@ namespace detail {
 
 /// Scratch of one call: rows of weights and of their gradients, a row of o, and sums over a sequence that T is too narrow for.
 struct ReferenceScratch {
-    double *p, *dp, *o;     // (L), (L), (dv)
-    double *dq, *dk, *dv;   // (L, dh), of a query head; (L, dh) and (L, dv), of its group
+    double *p, *dp, *o;    // (L), (L), (dv)
+    double *dq, *dk, *dv;  // (L, dh), of a query head; (L, dh) and (L, dv), of its group
 
     ReferenceScratch(Arena& arena, const Shape& s, pass which) {
         const bool back = which == pass::backward;
@@ -30,7 +30,8 @@ struct ReferenceScratch {
 
 /// The weights of query i of a sequence that begins at row `first`; returns lse.
 template <class T>
-double reference_row(const Options& options, const Inputs<T>& in, const Shape& s, Index b, Index h, Index first, Index i, RowRange keys, double* p) {
+double reference_row(const Options& options, const Inputs<T>& in, const Shape& s, Index b, Index h, Index first, Index i, RowRange keys,
+                     double* p) {
     const double scale = attention::scale_of(attention_of(options), s.head_dim);
     const Parts parts = parts_of(options.component);
     const Index kv = h / s.group();
@@ -42,7 +43,8 @@ double reference_row(const Options& options, const Inputs<T>& in, const Shape& s
         }
         p[j] = scale * (parts.own * own + (parts.turned == 0.0 ? 0.0 : parts.turned * turned));  // eq. 2
     }
-    return attention::detail::reference_weights(attention_of(options), attention::detail::reference_bias(attention_of(options), in.bias, h), keys, p);
+    return attention::detail::reference_weights(attention_of(options), attention::detail::reference_bias(attention_of(options), in.bias, h),
+                                                keys, p);
 }
 
 }  // namespace detail
@@ -82,7 +84,8 @@ Status forward(reference exec, const Options& options, const Inputs<T>& in, cons
             const double lse = detail::reference_row(options, in, s, b, h, rows.begin, i, read, p);
             for (Index d = 0; d < s.value_dim; ++d) o[d] = 0.0;
             for (Index j = read.begin; j < read.end; ++j)
-                for (Index d = 0; d < s.value_dim; ++d) o[d] += p[j] * static_cast<double>(in.v(b, rows.begin + j, h / s.group(), d));  // eq. 3
+                for (Index d = 0; d < s.value_dim; ++d)
+                    o[d] += p[j] * static_cast<double>(in.v(b, rows.begin + j, h / s.group(), d));  // eq. 3
             for (Index d = 0; d < s.value_dim; ++d) out.o(b, rows.begin + i, h, d) = static_cast<T>(o[d]);
             if (out.lse) out.lse(b, rows.begin + i, h) = static_cast<acc_t<T>>(lse);
         }

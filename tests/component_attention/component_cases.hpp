@@ -1,4 +1,5 @@
-// Random cases of attention by components, and the plain formula with operands of products rounded: what the 16-bit rule allows twice the error of.
+// Random cases of attention by components, and the plain formula with operands of products rounded: what the 16-bit rule allows twice the
+// error of.
 #pragma once
 
 #include <algorithm>
@@ -52,8 +53,8 @@ inline std::vector<component_attention::Options> all_component_options() {
 
 inline std::string describe(const component_attention::Options& o) {
     static constexpr const char* components[] = {"both", "routing", "filtering"};
-    return std::string(components[static_cast<int>(o.component)]) + (o.causal ? " causal" : " bidirectional") + " window " + std::to_string(o.window) +
-           (o.score == component_attention::Score::softmax ? " softmax" : " sigmoid");
+    return std::string(components[static_cast<int>(o.component)]) + (o.causal ? " causal" : " bidirectional") + " window " +
+           std::to_string(o.window) + (o.score == component_attention::Score::softmax ? " softmax" : " sigmoid");
 }
 
 /// Weights and gradients of scores, operands of products, rounded to T, and so what each head and each of its two roles adds to a gradient.
@@ -63,7 +64,8 @@ Case rounded_formula(const component_attention::Options& options, const Case& c)
     const HostTensor &q = c.tensors.at("q"), &k = c.tensors.at("k"), &v = c.tensors.at("v"), &up = c.tensors.at("dout.o");
     const Index B = q.extent[0], L = q.extent[1], Hq = q.extent[2], dh = q.extent[3], Hkv = k.extent[2], dv = v.extent[3];
     const auto zeros = [](const HostTensor& like) { return HostTensor{like.extent, std::vector<double>(like.values.size())}; };
-    HostTensor o = zeros(up), dq = zeros(q), dk = zeros(k), dvalues = zeros(v), lse{{B, L, Hq}, std::vector<double>(static_cast<std::size_t>(B * L * Hq))};
+    HostTensor o = zeros(up), dq = zeros(q), dk = zeros(k), dvalues = zeros(v),
+               lse{{B, L, Hq}, std::vector<double>(static_cast<std::size_t>(B * L * Hq))};
     const auto inner = component_attention::attention_of(options);
     const double scale = attention::scale_of(inner, dh);
     const auto parts = component_attention::parts_of(options.component);
@@ -73,7 +75,9 @@ Case rounded_formula(const component_attention::Options& options, const Case& c)
     for (Index n = 0; n < sequences; ++n)
         for (Index h = 0; h < Hq; ++h) {
             const Index first = packed ? offset(n) : n * L, length = packed ? offset(n + 1) - first : L, kv = h / (Hq / Hkv);
-            const auto row = [&](auto& x, Index t, Index head) { return x.values.data() + ((first + t) * x.extent[2] + head) * x.extent[3]; };
+            const auto row = [&](auto& x, Index t, Index head) {
+                return x.values.data() + ((first + t) * x.extent[2] + head) * x.extent[3];
+            };
             const auto dot = [](const double* x, const double* y, Index width) {
                 double sum = 0.0;
                 for (Index d = 0; d < width; ++d) sum += x[d] * y[d];
@@ -87,7 +91,8 @@ Case rounded_formula(const component_attention::Options& options, const Case& c)
                 std::vector<double> p, dp;
                 double largest = -1e300, sum = 0.0, delta = 0.0;
                 for (Index j = read.begin; j < read.end; ++j) {
-                    p.push_back(scale * (parts.own * dot(row(q, i, h), row(k, j, kv), dh) + parts.turned * dot(row(q, j, h), row(k, i, kv), dh)));
+                    p.push_back(scale *
+                                (parts.own * dot(row(q, i, h), row(k, j, kv), dh) + parts.turned * dot(row(q, j, h), row(k, i, kv), dh)));
                     largest = std::max(largest, p.back());
                 }
                 const double bias = c.tensors.contains("bias") ? c.tensors.at("bias").values[static_cast<std::size_t>(h)] : options.bias;
@@ -103,7 +108,9 @@ Case rounded_formula(const component_attention::Options& options, const Case& c)
                         of_values[static_cast<std::size_t>(j * dv + d)] += round(x) * row(up, i, h)[d];
                     }
                 }
-                const double dlse = softmax && c.tensors.contains("dout.lse") ? c.tensors.at("dout.lse").values[static_cast<std::size_t>((first + i) * Hq + h)] : 0.0;
+                const double dlse = softmax && c.tensors.contains("dout.lse")
+                                        ? c.tensors.at("dout.lse").values[static_cast<std::size_t>((first + i) * Hq + h)]
+                                        : 0.0;
                 for (Index j = read.begin; j < read.end; ++j) {
                     const auto at = static_cast<std::size_t>(j - read.begin);
                     const double ds = scale * round(softmax ? p[at] * (dp[at] - delta + dlse) : p[at] * (1.0 - p[at]) * dp[at]);
@@ -140,7 +147,8 @@ std::string beyond_tolerance(const component_attention::Options& options, const 
             const HostTensor& truth = want.tensors.at(e.name);
             bound += 2.0 * compare("", plain.tensors.at(e.name), truth).relative + rounding_floor<T>(truth);
         }
-        if (!e.finite || !(e.relative <= bound)) beyond += e.name + ": " + std::to_string(e.relative) + " > " + std::to_string(bound) + "; ";
+        if (!e.finite || !(e.relative <= bound))
+            beyond += e.name + ": " + std::to_string(e.relative) + " > " + std::to_string(bound) + "; ";
     }
     return beyond;
 }

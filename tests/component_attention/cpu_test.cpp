@@ -24,7 +24,8 @@ void expect_close(const Options& options, const Case& c, cpu exec, RunOptions ru
     const Status status = run_case<Operator, T, float>(exec, options, in, got, run);
     ASSERT_TRUE(status.ok()) << status.message();
     ASSERT_TRUE((run_case<Operator, double, double>(reference{}, options, in, want).ok()));
-    EXPECT_EQ(beyond_tolerance<T>(options, in, got, want), "") << describe(options) << " " << to_string(dtype_of<T>) << " " << to_string(exec.isa);
+    EXPECT_EQ(beyond_tolerance<T>(options, in, got, want), "")
+        << describe(options) << " " << to_string(dtype_of<T>) << " " << to_string(exec.isa);
 }
 /// Full and half width: what is packed is any dtype's, and attention has tests of its own in all of them.
 void expect_close_in_both_widths(const Options& options, const Case& c, cpu exec, RunOptions run = {}) {
@@ -36,24 +37,40 @@ TEST(ComponentAttentionCpu, EveryFormLayoutAndInstructionSet) {
     for (const Options& options : all_component_options())
         for (const Layout layout : {Layout::contiguous, Layout::reversed, Layout::padded})
             for (const Isa isa : isas())
-                expect_close_in_both_widths(options, of_options(options, {.batch = 2, .length = 37, .query_heads = 4, .kv_heads = 2, .head_dim = 9, .value_dim = 7}, 10),
-                                            {.threads = 2, .isa = isa}, {.layout = layout});
+                expect_close_in_both_widths(
+                    options,
+                    of_options(options, {.batch = 2, .length = 37, .query_heads = 4, .kv_heads = 2, .head_dim = 9, .value_dim = 7}, 10),
+                    {.threads = 2, .isa = isa}, {.layout = layout});
 }
 
 TEST(ComponentAttentionCpu, LengthsHeadsAndPackedSequences) {
     for (const Options& options : all_component_options()) {
-        for (const Index L : {1, 64, 129}) expect_close<f32>(options, of_options(options, {.length = L, .query_heads = 2, .kv_heads = 2, .head_dim = 40, .value_dim = 16}, 11), {});
+        for (const Index L : {1, 64, 129})
+            expect_close<f32>(options,
+                              of_options(options, {.length = L, .query_heads = 2, .kv_heads = 2, .head_dim = 40, .value_dim = 16}, 11), {});
         const bool sigmoid = options.score == component_attention::Score::sigmoid;
         expect_close_in_both_widths(
-            options, of_options(options, {.length = 90, .query_heads = 3, .kv_heads = 1, .value_dim = 5, .cu_seqlens = {3, 3, 40, 41, 86}, .bias = sigmoid}, 12), {.threads = 2});
+            options,
+            of_options(options,
+                       {.length = 90, .query_heads = 3, .kv_heads = 1, .value_dim = 5, .cu_seqlens = {3, 3, 40, 41, 86}, .bias = sigmoid},
+                       12),
+            {.threads = 2});
     }
 }
 
 TEST(ComponentAttentionCpu, EmptySizesAreLegal) {
-    for (const auto& [B, L, Hq, Hkv, dh, dv] :
-         std::vector<std::array<Index, 6>>{{0, 5, 2, 1, 3, 4}, {2, 0, 2, 1, 3, 4}, {2, 5, 0, 0, 3, 4}, {2, 5, 0, 1, 3, 4}, {2, 5, 2, 1, 0, 4}, {2, 5, 2, 1, 3, 0}, {2, 5, 2, 2, 3, 0}})
+    for (const auto& [B, L, Hq, Hkv, dh, dv] : std::vector<std::array<Index, 6>>{{0, 5, 2, 1, 3, 4},
+                                                                                 {2, 0, 2, 1, 3, 4},
+                                                                                 {2, 5, 0, 0, 3, 4},
+                                                                                 {2, 5, 0, 1, 3, 4},
+                                                                                 {2, 5, 2, 1, 0, 4},
+                                                                                 {2, 5, 2, 1, 3, 0},
+                                                                                 {2, 5, 2, 2, 3, 0}})
         for (const Options& options : all_component_options())
-            expect_close<f32>(options, of_options(options, {.batch = B, .length = L, .query_heads = Hq, .kv_heads = Hkv, .head_dim = dh, .value_dim = dv}, 13), {});
+            expect_close<f32>(
+                options,
+                of_options(options, {.batch = B, .length = L, .query_heads = Hq, .kv_heads = Hkv, .head_dim = dh, .value_dim = dv}, 13),
+                {});
 }
 
 /// Both components are attention itself, bit for bit.
@@ -69,16 +86,21 @@ TEST(ComponentAttentionCpu, BothComponentsAreAttention) {
 TEST(ComponentAttentionCpu, GradientsAlone) {
     const Index B = 2, L = 30, Hq = 4, Hkv = 2, dh = 6, dv = 5;
     const Options options{.component = Component::filtering};
-    const Case c = rounded<Operator, float, float>(make({.batch = B, .length = L, .query_heads = Hq, .kv_heads = Hkv, .head_dim = dh, .value_dim = dv, .lse = false}, 17));
+    const Case c = rounded<Operator, float, float>(
+        make({.batch = B, .length = L, .query_heads = Hq, .kv_heads = Hkv, .head_dim = dh, .value_dim = dv, .lse = false}, 17));
     Case all;
     ASSERT_TRUE((run_case<Operator, float, float>(cpu{}, options, c, all).ok()));
-    const auto floats = [&](const char* name) { return std::vector<float>(c.tensors.at(name).values.begin(), c.tensors.at(name).values.end()); };
+    const auto floats = [&](const char* name) {
+        return std::vector<float>(c.tensors.at(name).values.begin(), c.tensors.at(name).values.end());
+    };
     const std::vector<float> q = floats("q"), k = floats("k"), v = floats("v"), dout = floats("dout.o");
     std::vector<float> o(dout.size()), lse(static_cast<std::size_t>(B * L * Hq));
-    const component_attention::Inputs<float> in{.q = view(q.data(), {B, L, Hq, dh}), .k = view(k.data(), {B, L, Hkv, dh}), .v = view(v.data(), {B, L, Hkv, dv})};
+    const component_attention::Inputs<float> in{
+        .q = view(q.data(), {B, L, Hq, dh}), .k = view(k.data(), {B, L, Hkv, dh}), .v = view(v.data(), {B, L, Hkv, dv})};
     const component_attention::Outputs<float> out{view(o.data(), {B, L, Hq, dv}), view(lse.data(), {B, L, Hq})};
     const component_attention::Upstream<float> upstream{.o = view(dout.data(), {B, L, Hq, dv})};
-    std::vector<char> memory(std::max(workspace_size(cpu{}, options, shape_of(in), pass::forward), workspace_size(cpu{}, options, shape_of(in), pass::backward)));
+    std::vector<char> memory(std::max(workspace_size(cpu{}, options, shape_of(in), pass::forward),
+                                      workspace_size(cpu{}, options, shape_of(in), pass::backward)));
     const Workspace ws{memory.data(), memory.size()};
     ASSERT_TRUE(forward(cpu{}, options, in, out, Saved{}, ws).ok());
     for (const int which : {0, 1, 2}) {
@@ -122,12 +144,15 @@ TEST(ComponentAttentionCpu, LaterTokensAreNotRead) {
 
 TEST(ComponentAttentionCpu, ErrorsComeBeforeAnythingIsWritten) {
     std::vector<float> x(64, 1.0f), o(64, 7.0f);
-    const component_attention::Inputs<float> in{.q = view<const float>(x.data(), {1, 4, 2, 4}), .k = view<const float>(x.data(), {1, 4, 1, 4}), .v = view<const float>(x.data(), {1, 4, 1, 4})};
+    const component_attention::Inputs<float> in{.q = view<const float>(x.data(), {1, 4, 2, 4}),
+                                                .k = view<const float>(x.data(), {1, 4, 1, 4}),
+                                                .v = view<const float>(x.data(), {1, 4, 1, 4})};
     const component_attention::Outputs<float> out{.o = view(o.data(), {1, 4, 2, 4})};
     const Options options{.component = Component::filtering};
     EXPECT_EQ(forward(cpu{}, options, in, out, Saved{}, Workspace{}).code(), StatusCode::workspace_too_small);
     EXPECT_EQ(forward(cpu{.threads = -1}, options, in, out, Saved{}, Workspace{}).code(), StatusCode::invalid_argument);
-    EXPECT_EQ(forward(cpu{}, options, component_attention::Inputs<float>{}, out, Saved{}, Workspace{}).code(), StatusCode::invalid_argument);
+    EXPECT_EQ(forward(cpu{}, options, component_attention::Inputs<float>{}, out, Saved{}, Workspace{}).code(),
+              StatusCode::invalid_argument);
     for (const float y : o) EXPECT_EQ(y, 7.0f);
     EXPECT_EQ(std::string(which_kernel(cpu{.isa = Isa::baseline}, options, shape_of(in)).name), "component_attention.cpu.pairs.baseline");
     EXPECT_EQ(std::string(which_kernel(cpu{.isa = Isa::baseline}, {}, shape_of(in)).name), "attention.cpu.tiled.baseline");

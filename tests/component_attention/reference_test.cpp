@@ -50,7 +50,8 @@ TEST(ComponentAttentionReference, GradientsMatchFiniteDifferences) {
             if (packed) o.cu_seqlens = {1, 3, 3, 6};
             const Case c = of_options(options, o, 2), got = run(options, c);
             for (const char* name : {"q", "k", "v"})
-                EXPECT_LE(difference_error(c, got, name, 1e-4, 1, [&](const Case& x) { return run(options, x); }), 1e-7) << name << " " << describe(options);
+                EXPECT_LE(difference_error(c, got, name, 1e-4, 1, [&](const Case& x) { return run(options, x); }), 1e-7)
+                    << name << " " << describe(options);
         }
 }
 

@@ -1,5 +1,5 @@
-// Pairs of queries and keys on the GPU, and their gradients added up (docs/ops/component_attention.md, eq. 6 to 8): a block a row, 16 bytes at a time where
-// strides and alignment allow it. Both move bytes and no more.
+// Pairs of queries and keys on the GPU, and their gradients added up (docs/ops/component_attention.md, eq. 6 to 8): a block a row, 16 bytes
+// at a time where strides and alignment allow it. Both move bytes and no more.
 #pragma once
 
 #include <component_attention/detail/pairs.hpp>
@@ -24,7 +24,8 @@ __device__ auto& unit_at(const View<T, 4>& x, Index b, Index t, Index h, Index d
 }
 
 template <class T, int V>
-__global__ __launch_bounds__(pair_threads) void pack_kernel(Inputs<T> in, Shape s, float sign, View<T, 4> q, View<T, 4> k, View<T, 4> v, int pair_units, int value_units) {
+__global__ __launch_bounds__(pair_threads) void pack_kernel(Inputs<T> in, Shape s, float sign, View<T, 4> q, View<T, 4> k, View<T, 4> v,
+                                                            int pair_units, int value_units) {
     const Index b = blockIdx.x / s.queries, t = blockIdx.x % s.queries;
     const int group = static_cast<int>(s.group());
     for (int i = static_cast<int>(threadIdx.x); i < pair_units; i += pair_threads) {
@@ -46,7 +47,8 @@ __global__ __launch_bounds__(pair_threads) void pack_kernel(Inputs<T> in, Shape 
 }
 
 template <class T, int V>
-__global__ __launch_bounds__(pair_threads) void add_pairs_kernel(Shape s, float sign, View<const T, 4> dq, View<const T, 4> dk, View<const T, 4> dv, Grads<T> grads, int pair_units, int value_units) {
+__global__ __launch_bounds__(pair_threads) void add_pairs_kernel(Shape s, float sign, View<const T, 4> dq, View<const T, 4> dk,
+                                                                 View<const T, 4> dv, Grads<T> grads, int pair_units, int value_units) {
     using A = acc_t<T>;
     const Index b = blockIdx.x / s.queries, t = blockIdx.x % s.queries;
     const int group = static_cast<int>(s.group());
@@ -91,13 +93,16 @@ __global__ __launch_bounds__(pair_threads) void add_pairs_kernel(Shape s, float 
 inline Status check_grid(const Shape& s) {
     const Index most = std::max(s.batch * s.queries, s.query_heads * std::max(2 * s.head_dim, s.value_dim));
     if (most < (Index{1} << 31)) return {};
-    return Status::error(StatusCode::unsupported, "component_attention on cuda: %lld rows, or elements of a row, must be below 2^31", static_cast<long long>(most));
+    return Status::error(StatusCode::unsupported, "component_attention on cuda: %lld rows, or elements of a row, must be below 2^31",
+                         static_cast<long long>(most));
 }
 
 struct DeviceRows {
     const cuda& exec;
 
-    std::size_t bytes(const attention::Options& options, const Shape& s, pass which) const { return attention::workspace_size(exec, options, s, which); }
+    std::size_t bytes(const attention::Options& options, const Shape& s, pass which) const {
+        return attention::workspace_size(exec, options, s, which);
+    }
 
     /// f(std::integral_constant<int, V>) with the elements that move at once.
     template <class T, class F>
@@ -108,11 +113,14 @@ struct DeviceRows {
     template <class T>
     Status pack(const Options& options, const Inputs<T>& in, const PairMemory<T>& memory) const {
         const Shape& s = memory.s;
-        const bool wide = device::moves_wide(in.q, s.head_dim) && device::moves_wide(in.k, s.head_dim) && (!memory.groups || device::moves_wide(in.v, s.value_dim));
+        const bool wide = device::moves_wide(in.q, s.head_dim) && device::moves_wide(in.k, s.head_dim) &&
+                          (!memory.groups || device::moves_wide(in.v, s.value_dim));
         return with_units<T>(wide, [&](auto V) {
-            return launch(exec, "component_attention.cuda pack", pack_kernel<T, V()>, {dim3(static_cast<unsigned>(s.batch * s.queries)), dim3(pair_threads)}, in, s,
-                          options.component == Component::routing ? -1.0f : 1.0f, memory.pairs(memory.q), memory.pairs(memory.k), memory.rows(memory.v, s.value_dim),
-                          static_cast<int>(s.query_heads * s.head_dim / V()), memory.groups ? static_cast<int>(s.query_heads * s.value_dim / V()) : 0);
+            return launch(exec, "component_attention.cuda pack", pack_kernel<T, V()>,
+                          {dim3(static_cast<unsigned>(s.batch * s.queries)), dim3(pair_threads)}, in, s,
+                          options.component == Component::routing ? -1.0f : 1.0f, memory.pairs(memory.q), memory.pairs(memory.k),
+                          memory.rows(memory.v, s.value_dim), static_cast<int>(s.query_heads * s.head_dim / V()),
+                          memory.groups ? static_cast<int>(s.query_heads * s.value_dim / V()) : 0);
         });
     }
     template <class T>
@@ -121,13 +129,15 @@ struct DeviceRows {
         const bool pairs = grads.q || grads.k, values = grads.v && memory.groups;
         if (!pairs && !values) return {};
         const auto moves = [](const View<T, 4>& x, Index width) { return !x || device::moves_wide(x, width); };
-        const bool wide = s.head_dim % (16 / static_cast<Index>(sizeof(T))) == 0 && moves(grads.q, s.head_dim) && moves(grads.k, s.head_dim) &&
-                          (!values || moves(grads.v, s.value_dim));
+        const bool wide = s.head_dim % (16 / static_cast<Index>(sizeof(T))) == 0 && moves(grads.q, s.head_dim) &&
+                          moves(grads.k, s.head_dim) && (!values || moves(grads.v, s.value_dim));
         return with_units<T>(wide, [&](auto V) {
             const auto read = [](const View<T, 4>& x) { return View<const T, 4>(x); };
-            return launch(exec, "component_attention.cuda add", add_pairs_kernel<T, V()>, {dim3(static_cast<unsigned>(s.batch * s.queries)), dim3(pair_threads)}, s,
-                          options.component == Component::routing ? -1.0f : 1.0f, read(memory.pairs(memory.dq)), read(memory.pairs(memory.dk)),
-                          read(memory.rows(memory.dv, s.value_dim)), grads, pairs ? static_cast<int>(s.kv_heads * s.head_dim / V()) : 0,
+            return launch(exec, "component_attention.cuda add", add_pairs_kernel<T, V()>,
+                          {dim3(static_cast<unsigned>(s.batch * s.queries)), dim3(pair_threads)}, s,
+                          options.component == Component::routing ? -1.0f : 1.0f, read(memory.pairs(memory.dq)),
+                          read(memory.pairs(memory.dk)), read(memory.rows(memory.dv, s.value_dim)), grads,
+                          pairs ? static_cast<int>(s.kv_heads * s.head_dim / V()) : 0,
                           values ? static_cast<int>(s.kv_heads * s.value_dim / V()) : 0);
         });
     }

@@ -28,8 +28,8 @@ inline Shape pair_shape(const Options& options, Shape s) {
     return s;
 }
 
-/// Of T, with a head for each of q: pairs (q, -+ k) and (k, q), (B, L, Hq, 2 dh), and the values, (B, L, Hq, dv), of groups of heads; and their
-/// gradients. `inner`: what attention needs.
+/// Of T, with a head for each of q: pairs (q, -+ k) and (k, q), (B, L, Hq, 2 dh), and the values, (B, L, Hq, dv), of groups of heads; and
+/// their gradients. `inner`: what attention needs.
 template <class T>
 struct PairMemory {
     Shape s;
@@ -37,10 +37,12 @@ struct PairMemory {
     T *q, *k, *v, *dq, *dk, *dv;
     Workspace inner;
 
-    PairMemory(Arena& arena, const Options& options, const Shape& shape, pass which, std::size_t inner_bytes) : s(shape), groups(shape.group() > 1) {
+    PairMemory(Arena& arena, const Options& options, const Shape& shape, pass which, std::size_t inner_bytes)
+        : s(shape), groups(shape.group() > 1) {
         const bool back = which == pass::backward;
         const Index rows = is_plain(options, s) ? 0 : s.batch * s.queries * s.query_heads, pairs = 2 * rows * s.head_dim;
-        const Index values = rows > 0 && groups ? std::max<Index>(rows * s.value_dim, 1) : 0;  // never null, as a view without elements may be
+        const Index values =
+            rows > 0 && groups ? std::max<Index>(rows * s.value_dim, 1) : 0;  // never null, as a view without elements may be
         q = arena.take<T>(pairs), k = arena.take<T>(pairs), v = arena.take<T>(values);
         dq = arena.take<T>(back ? pairs : 0), dk = arena.take<T>(back ? pairs : 0), dv = arena.take<T>(back ? values : 0);
         inner = {arena.take<std::byte>(static_cast<Index>(inner_bytes)), inner_bytes};
@@ -60,7 +62,9 @@ struct PairMemory {
     /// Of those that are wanted; where they go is `grads` for the values of heads without groups.
     Grads<T> gradients(const Grads<T>& grads) const {
         const bool scores = grads.q || grads.k;
-        return {.q = scores ? pairs(dq) : View<T, 4>{}, .k = scores ? pairs(dk) : View<T, 4>{}, .v = grads.v && groups ? rows(dv, s.value_dim) : grads.v};
+        return {.q = scores ? pairs(dq) : View<T, 4>{},
+                .k = scores ? pairs(dk) : View<T, 4>{},
+                .v = grads.v && groups ? rows(dv, s.value_dim) : grads.v};
     }
 };
 
@@ -84,15 +88,16 @@ Status pair_forward(const Rows& rows, const Options& options, const Inputs<T>& i
     return forward(rows.exec, inner, memory.inputs(in), out, Saved{}, memory.inner);
 }
 template <class T, class Rows>
-Status pair_backward(const Rows& rows, const Options& options, const Inputs<T>& in, const Outputs<T>& out, const Upstream<T>& upstream, const Grads<T>& grads,
-                     Workspace ws) {
+Status pair_backward(const Rows& rows, const Options& options, const Inputs<T>& in, const Outputs<T>& out, const Upstream<T>& upstream,
+                     const Grads<T>& grads, Workspace ws) {
     const Shape s = shape_of(in);
     const attention::Options inner = pair_options(options, s);
     Arena arena(ws.data);
     const PairMemory<T> memory(arena, options, s, pass::backward, rows.bytes(inner, pair_shape(options, s), pass::backward));
     if (is_plain(options, s)) return backward(rows.exec, inner, in, out, Saved{}, upstream, grads, memory.inner);
     INTERSTATE_RETURN_IF_ERROR(rows.pack(options, in, memory));
-    INTERSTATE_RETURN_IF_ERROR(backward(rows.exec, inner, memory.inputs(in), out, Saved{}, upstream, memory.gradients(grads), memory.inner));
+    INTERSTATE_RETURN_IF_ERROR(
+        backward(rows.exec, inner, memory.inputs(in), out, Saved{}, upstream, memory.gradients(grads), memory.inner));
     return rows.add(options, memory, grads);
 }
 
