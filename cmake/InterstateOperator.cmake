@@ -67,7 +67,7 @@ function(interstate_add_operator operator)
                 interstate_add_cuda_test(${operator} tests/${operator}/cuda_step_test.cu PART step)
             elseif(part STREQUAL "cuda_fft")
                 interstate_add_cuda_test(${operator} tests/${operator}/cuda_fft_test.cu PART fft CUFFT)
-            else()
+            elseif(NOT part STREQUAL "reference" OR INTERSTATE_TEST_REFERENCES)
                 interstate_add_gtest(${operator}_${part}_test PREFIX ${operator}.${part} LABELS ${operator}
                                      SOURCES tests/${operator}/${part}_test.cpp)
             endif()

@@ -41,6 +41,8 @@ function(interstate_own_cuda target)
                                                CUDA_RUNTIME_LIBRARY Static)
 endfunction()
 
+option(INTERSTATE_TEST_REFERENCES "Build the references' own tests, beside those of kernels, which run the references too" ON)
+
 # What `ctest -L unit` needs; the sanitizers build no more than this.
 add_custom_target(unit_tests)
 

@@ -7,6 +7,7 @@
 #include <interdomain/interdomain.hpp>
 
 #include "../support/isas.hpp"
+#include "../support/sanitized.hpp"
 #include "interdomain_cases.hpp"
 
 namespace interstate::test {
@@ -64,7 +65,7 @@ template <class F>
 void in_every_dtype(F&& f) {
     f.template operator()<f64, double>();
     f.template operator()<f32, float>();
-    f.template operator()<f16, float>();
+    if constexpr (!sanitized) f.template operator()<f16, float>();
     f.template operator()<bf16, float>();
 }
 
@@ -520,7 +521,7 @@ TEST(InterdomainCpu, StepsEqualOneRun) {
                 expect_steps<f64, double>(options, exec, 2, 4, 2, 5, 7, 6, 1.0);
                 expect_steps<f32, float>(options, exec, 2, 4, 2, 16, 8, 17, 1.0);
                 expect_steps<f32, double>(options, exec, 1, 1, 1, 1, 1, 1, 1.0);
-                expect_steps<f16, float>(options, exec, 1, 2, 1, 9, 33, 4, 1.0);
+                if constexpr (!sanitized) expect_steps<f16, float>(options, exec, 1, 2, 1, 9, 33, 4, 1.0);
                 expect_steps<bf16, float>(options, exec, 3, 3, 3, 3, 2, 40, 1.0);
                 Options normalized = options;
                 normalized.normalizer = Normalizer::nadaraya_watson;

@@ -56,7 +56,7 @@ void expect_close_in_every_dtype(const Options& options, const Case& c, cpu exec
     expect_close<f64, double>(options, c, exec, run);
     expect_close<f32, float>(options, c, exec, run);
     expect_close<f32, double>(options, c, exec, run);
-    expect_close<f16, float>(options, c, exec, run);
+    if constexpr (!sanitized) expect_close<f16, float>(options, c, exec, run);
     expect_close<bf16, float>(options, c, exec, run);
 }
 Case of_form(const Options& options, SdCase o, std::uint64_t seed) {
@@ -124,7 +124,7 @@ TEST(SdAttentionCpu, NullTensorsWithoutElementsAreLegal) {
     for (const Options& options : all_sd_options()) {
         expect_null_values_are_legal<f64>(options);
         expect_null_values_are_legal<f32>(options);
-        expect_null_values_are_legal<f16>(options);
+        if constexpr (!sanitized) expect_null_values_are_legal<f16>(options);
         expect_null_values_are_legal<bf16>(options);
     }
 }
@@ -258,7 +258,7 @@ TEST(SdAttentionStep, IsForward) {
             expect_steps_close<f64>(reference{}, options, paged);
             expect_steps_close<f64>(cpu{}, options, paged);
             expect_steps_close<f32>(cpu{.threads = 2}, options, paged);
-            expect_steps_close<f16>(cpu{}, options, paged);
+            if constexpr (!sanitized) expect_steps_close<f16>(cpu{}, options, paged);
             expect_steps_close<bf16>(cpu{.threads = 3}, options, paged);
         }
 }

@@ -1,5 +1,5 @@
 // Whether this build watches every access to memory, which makes it some twenty times slower: tests then have few of their
-// largest sizes, and leave the others to the builds that do not.
+// largest sizes, and leave the others to the builds that do not. float16, whose accesses are bfloat16's, is not compiled for it.
 #pragma once
 
 namespace interstate::test {
