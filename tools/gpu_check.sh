@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one call: every CUDA kernel against the reference, under
-# compute-sanitizer, and timed beside its peers.
+# compute-sanitizer, and timed beside its peers. What is not timed runs beside each other.
 #
 #   tools/gpu_check.sh build [DIR [OPERATOR..]]
 #                                    builds the CUDA tests and benchmarks into DIR (default build/gpu), with
@@ -43,6 +43,31 @@ step() {
     ((code == 0)) || { failures+=("$name (exit $code)"); printf '   FAILED, exit %d\n' "$code"; }
 }
 
+# The same beside others, one for each processor; settle waits for all of them and shows them in order.
+waiting=()
+later() {
+    local name=$1
+    shift
+    waiting+=("$name")
+    while (($(jobs -rp | wc -l) >= $(nproc))); do wait -n; done
+    {
+        "$@" >"$out/$name.log" 2>&1
+        echo $? >"$out/$name.code"
+    } &
+}
+settle() {
+    local name code
+    wait
+    for name in "${waiting[@]}"; do
+        printf '== %s\n' "$name"
+        tail -n "${lines:-4}" "$out/$name.log"
+        code=$(<"$out/$name.code")
+        ((code == 0)) || { failures+=("$name (exit $code)"); printf '   FAILED, exit %d\n' "$code"; }
+    done
+    rm -f "$out"/*.code
+    waiting=()
+}
+
 run() {
     local dir=$1/gpu tests benches beside=() bound=()
     out=$1/results
@@ -61,8 +86,9 @@ run() {
         exit 1
     fi
     for program in "${tests[@]}"; do
-        step "$(basename "$program")" "$program"
+        later "$(basename "$program")" "$program"
     done
+    settle
     for op in "${golden[@]}"; do
         [[ -x $dir/${op}_cuda_test ]] || continue
         for file in tests/golden/"$op".*.safetensors; do
@@ -74,17 +100,19 @@ run() {
                 bound=()
                 # grad.lam of this file is itself 1.3e-12 from the truth (tests/golden_test.cpp).
                 [[ $file == */sisa.reset.* && $dtype == f64 ]] && bound=(--rtol 2e-12)
-                lines=1 step "golden.$(basename "$file" .safetensors).$dtype" \
+                later "golden.$(basename "$file" .safetensors).$dtype" \
                     "$dir/replay" --check --exec cuda --dtype "$dtype" "${bound[@]}" "$file"
             done
         done
     done
+    lines=1 settle
     if command -v compute-sanitizer >/dev/null; then
         for program in "${tests[@]}"; do
             for tool in memcheck racecheck initcheck synccheck; do
-                step "$(basename "$program").$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$program" --quick
+                later "$(basename "$program").$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$program" --quick
             done
         done
+        settle
     else
         failures+=("compute-sanitizer is not on the PATH")
     fi
