@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <string_view>
 
 #include <interstate/executor.hpp>
@@ -239,7 +238,8 @@ INTERSTATE_HD inline double feature_slope(FeatureMap map, double x) { return map
 /// 1 / w of eq. 5 to 9, and 0 where w is 0 or so small that this may be no number.
 template <class A>
 INTERSTATE_HD A inverse_weight(A w) {
-    return std::abs(w) < std::numeric_limits<A>::min() ? A(0) : A(1) / w;
+    constexpr A smallest = sizeof(A) == sizeof(double) ? static_cast<A>(0x1p-1022) : static_cast<A>(0x1p-126);  // normal number
+    return std::abs(w) < smallest ? A(0) : A(1) / w;
 }
 
 /// How verify, replay and the golden cases reach the operator. There are no parameters beside the storage dtype, so P is not used.

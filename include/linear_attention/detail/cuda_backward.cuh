@@ -22,8 +22,7 @@ struct Inverse {
     const float* weights;
     float next;
     __device__ void read(Index at, bool there) { next = there ? weights[at] : 0.0f; }
-    /// 0 where it may be no number, as on the host (inverse_weight).
-    __device__ float value() const { return fabsf(next) < 0x1p-126f ? 0.0f : 1.0f / next; }
+    __device__ float value() const { return inverse_weight(next); }
 };
 
 /// dq and dw of a segment's rows, and what they add to R and r.
