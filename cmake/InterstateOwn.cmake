@@ -5,7 +5,6 @@ option(INTERSTATE_WERROR "Warnings are errors in Interstate's own tests, tools, 
 set(INTERSTATE_CUDA_ARCHITECTURES "80;90a" CACHE STRING "CUDA architectures of Interstate's own programs")
 
 set(INTERSTATE_BENCHMARK_OPTIONS "" CACHE STRING "More compiler options of Interstate's own CPU benchmarks")
-set(INTERSTATE_REPLAY_OPTIONS "" CACHE STRING "More compiler options of the tool replay")
 
 # Where nothing can run on a GPU, CUDA code is built to see that it builds; optimising it is most of the time that takes,
 # and machine code is made of one architecture alone.
