@@ -17,6 +17,10 @@
 #elif !defined(INTERSTATE_WIDEST_ISA)
 #define INTERSTATE_WIDEST_ISA 2
 #endif
+// Leaves AVX2 out, between the baseline and AVX-512, in a build that must compile fast and still run both; as above, in every unit.
+#if !defined(INTERSTATE_LEAVE_OUT_AVX2)
+#define INTERSTATE_LEAVE_OUT_AVX2 0
+#endif
 
 namespace interstate::inline INTERSTATE_ABI {
 namespace simd {
@@ -46,11 +50,12 @@ struct Avx512 {
 inline bool machine_has(Isa isa) {
     switch (isa) {
         case Isa::avx512:
-            return INTERSTATE_WIDEST_ISA >= 2 && machine_has(Isa::avx2) && __builtin_cpu_supports("avx512f") &&
-                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vl");
+            return INTERSTATE_WIDEST_ISA >= 2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                   __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         case Isa::avx2:
-            return INTERSTATE_WIDEST_ISA >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return INTERSTATE_WIDEST_ISA >= 1 && !INTERSTATE_LEAVE_OUT_AVX2 && __builtin_cpu_supports("avx2") &&
+                   __builtin_cpu_supports("fma");
         default: return true;
     }
 }
@@ -96,7 +101,7 @@ void run_body(Isa isa, Args... args) {
 #if INTERSTATE_WIDEST_ISA >= 2
         case Isa::avx512: return detail::run_avx512<Body>(args...);
 #endif
-#if INTERSTATE_WIDEST_ISA >= 1
+#if INTERSTATE_WIDEST_ISA >= 1 && !INTERSTATE_LEAVE_OUT_AVX2
         case Isa::avx2: return detail::run_avx2<Body>(args...);
 #endif
         default: return detail::run_baseline<Body>(args...);
